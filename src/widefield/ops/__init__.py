@@ -1,0 +1,19 @@
+"""Kernels behind one dispatch: every op has a plain-torch reference of the same signature."""
+
+from __future__ import annotations
+
+from widefield.ops._backend import use_backend
+from widefield.ops.causal_conv1d import causal_conv1d
+from widefield.ops.pool import Rows, pool_tokens
+from widefield.ops.selective_scan import effective_delta, selective_scan
+from widefield.ops.state_update import selective_state_update
+
+__all__ = [
+    "Rows",
+    "causal_conv1d",
+    "effective_delta",
+    "pool_tokens",
+    "selective_scan",
+    "selective_state_update",
+    "use_backend",
+]

@@ -1,0 +1,57 @@
+"""Which implementation of an op runs: chosen by device and dtype, or forced for a block of code."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from widefield.errors import unknown
+
+Backend = Literal["reference", "cpu", "cuda"]
+BACKENDS = ("reference", "cpu", "cuda")
+_forced: ContextVar[Backend | None] = ContextVar("widefield_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run the ops inside the block with one implementation, whatever the device.
+
+    Args:
+        name: "reference" (plain torch), "cpu" (numba) or "cuda" (Triton).
+    """
+    if name not in BACKENDS:
+        raise unknown("backend", name, BACKENDS)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def choose(*tensors: Tensor | None) -> Backend:
+    """The implementation for these inputs: kernels where they exist, else the reference."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    present = [t for t in tensors if t is not None]
+    device = present[0].device.type
+    if any(t.dtype == torch.float64 for t in present):
+        return "reference"
+    if device == "cuda" and _has("triton"):
+        return "cuda"
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    if device == "cpu" and not wants_grad and _has("numba") and not torch.compiler.is_compiling():
+        return "cpu"
+    return "reference"

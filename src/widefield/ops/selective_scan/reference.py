@@ -1,0 +1,79 @@
+"""The selective scan in plain torch: slow, differentiable, the yardstick of every kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from widefield.plan import LayerPlan, ScanInputs
+
+
+def effective_delta(
+    inputs: ScanInputs, plan: LayerPlan | None = None
+) -> Float[Tensor, "batch length channels"]:
+    """Δ as the scan uses it: bias, softplus, scale, floor, padding. float32 (float64 if the inputs are).
+
+    Args:
+        inputs: the scan's inputs.
+        plan: what a method asks of this layer; None leaves Δ as the model has it.
+    """
+    delta = inputs.delta if inputs.delta.dtype == torch.float64 else inputs.delta.float()
+    if inputs.delta_bias is not None:
+        delta = delta + inputs.delta_bias.to(delta.dtype)
+    if inputs.delta_softplus:
+        delta = F.softplus(delta)
+    if plan is not None and plan.delta_scale is not None:
+        delta = delta * _per_row(plan.delta_scale)
+    if plan is not None and plan.delta_floor is not None:
+        delta = delta.masked_fill(delta < _per_row(plan.delta_floor), 0.0)
+    if inputs.valid is not None:
+        delta = delta.masked_fill(~inputs.valid[..., None], 0.0)
+    return delta
+
+
+def _per_row(values: Tensor) -> Tensor:
+    """(D,) or (B, D) made to broadcast against (B, L, D)."""
+    return values if values.ndim == 1 else values[:, None, :]
+
+
+def selective_scan(
+    inputs: ScanInputs, plan: LayerPlan | None = None
+) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch channels state"]]:
+    """Selective scan, one token after the other.
+
+    Args:
+        inputs: what the scan reads; see `ScanInputs` for shapes and the recurrence.
+        plan: what a method asks of this layer, or None.
+
+    Returns:
+        y in the dtype of x, and the final state in float32 (float64 if x is).
+    """
+    delta = effective_delta(inputs, plan)
+    dtype = delta.dtype
+    x, B, C = inputs.x.to(dtype), inputs.B.to(dtype), inputs.C.to(dtype)
+    A = inputs.A.to(dtype)[None]
+    if plan is not None and plan.decay_scale is not None:
+        scale = plan.decay_scale.to(dtype)
+        A = A * (scale[None, :, None] if scale.ndim == 1 else scale[..., None])
+
+    batch, length, channels = x.shape
+    state = inputs.initial_state
+    state = x.new_zeros(batch, channels, A.shape[-1]) if state is None else state.to(dtype)
+    written = delta * x
+    if inputs.valid is not None:
+        written = written.masked_fill(~inputs.valid[..., None], 0.0)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        state = decay * state + written[:, t, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1)
+    if inputs.D is not None:
+        y = y + inputs.D.to(dtype) * x
+    if inputs.z is not None:
+        y = y * F.silu(inputs.z.to(dtype))
+    if inputs.valid is not None:
+        y = y.masked_fill(~inputs.valid[..., None], 0.0)
+    return y.to(inputs.x.dtype), state
