@@ -1,0 +1,290 @@
+"""Put methods into a live transformers model and take them out again.
+
+`extend` swaps the classes of the model's Mamba layers once. From then on each layer's forward asks this module's
+`Extension` for its plan. Nothing global is touched: two models, extended differently, do not see each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from widefield import families
+from widefield.calibration import Calibration
+from widefield.errors import WidefieldError
+from widefield.families import Observer
+from widefield.methods import from_config, plan_layer
+from widefield.methods.base import Method
+from widefield.plan import LayerPlan, ModelLayout
+
+__all__ = ["Extension", "extend", "extended", "observed", "restore"]
+
+Model = TypeVar("Model", bound=nn.Module)
+_PLANS_KEPT = 1024
+_ANY_LENGTH = 1 << 40
+
+
+class Extension:
+    """What is on in one model; `model.widefield`.
+
+    Attributes:
+        methods: the methods, in the order in which they were given.
+        layout: what the methods know of the model.
+        observer: called with (layer, scan inputs) in every prefill, or None.
+    """
+
+    def __init__(self, layout: ModelLayout, methods: Sequence[Method]) -> None:
+        """Check that every method can act on the model."""
+        for method in methods:
+            if isinstance(method, type) or not isinstance(method, Method):
+                raise WidefieldError(
+                    f"{method!r} is not a method: expected an instance, e.g. wf.LongMamba(calibration)"
+                )
+            method.validate(layout)
+        self.layout = layout
+        self.methods = tuple(methods)
+        self.observer: Observer | None = None
+        self._plans: OrderedDict[tuple[Any, ...], LayerPlan] = OrderedDict()
+        plan_layer(self.methods, layout.layers[0], (0,), (1,))  # methods that cannot be combined say so now
+
+    def plan(
+        self, layer: int, seen: tuple[int, ...] | None, new: tuple[int, ...], device: torch.device
+    ) -> LayerPlan | None:
+        """The plan of one layer for a prefill of `new` tokens a row after `seen` ones; None = unmodified."""
+        if not self.methods:
+            return None
+        if seen is None:
+            raise WidefieldError(
+                "this cache was filled before the model was extended, so its context length is unknown: "
+                "run the whole prompt through the extended model"
+            )
+        key = (layer, seen, new, device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = plan_layer(self.methods, layer, seen, new).to(device)
+            self._plans[key] = plan
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return plan
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether a method shortens the sequence of a long enough prefill."""
+        return any(
+            plan_layer(self.methods, layer, (0,), (_ANY_LENGTH,)).pool is not None
+            for layer in self.layout.layers
+        )
+
+    def __repr__(self) -> str:
+        """The methods and their options on one line."""
+        names = [repr(m) for m in self.methods] or ["no method: the unmodified model on widefield's kernels"]
+        return f"widefield on {self.layout.model_class}: {' + '.join(names)}"
+
+
+def extend(model: Model, *methods: Method) -> Model:
+    """Run a model's Mamba layers on widefield's kernels, with methods if any are given. In place.
+
+    An extended model that is extended again has its methods replaced.
+
+    Args:
+        model: a live transformers model of a supported family.
+        methods: none, one, or several that can be combined, e.g. `LongMamba(calibration)`.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        WidefieldError: if the model is not supported, or a method cannot act on it. The model is then unchanged.
+    """
+    layout = families.describe(model)
+    extension = Extension(layout, methods)
+    current = getattr(model, "widefield", None)
+    if current is not None:
+        extension.observer = current.observer
+    _install(model, extension)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `extend`: the classes, and so the outputs, are bit for bit those of before. A no-op if not extended."""
+    extension = model.__dict__.get("widefield")
+    if extension is None:
+        return model
+    back = {ours: theirs for theirs, ours in families.swaps().items()}
+    for module in model.modules():
+        original = back.get(type(module))
+        if original is not None:
+            _become(module, original)
+            module.__dict__.pop("_widefield", None)
+    model.__dict__.pop("_widefield_hook").remove()
+    model.__class__ = type(model).__mro__[2]  # [extended class, _ExtendedModel, the class of before]
+    del model.__dict__["widefield"]
+    return model
+
+
+@contextmanager
+def extended(model: Model, *methods: Method) -> Iterator[Model]:
+    """`extend` for the length of a block; what was on before is on again afterwards, whatever happens inside."""
+    before = model.__dict__.get("widefield")
+    extend(model, *methods)
+    try:
+        yield model
+    finally:
+        if before is None:
+            restore(model)
+        else:
+            _install(model, before)
+
+
+@contextmanager
+def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Call `observer(layer, scan_inputs)` in every prefill of the block. Works on stock and extended models.
+
+    Args:
+        model: a supported model.
+        observer: sees the inputs of each layer's scan before any method acts on that layer.
+    """
+    before = model.__dict__.get("widefield")
+    if before is None:
+        extend(model)
+    extension = model.__dict__["widefield"]
+    previous, extension.observer = extension.observer, observer
+    try:
+        yield
+    finally:
+        extension.observer = previous
+        if before is None:
+            restore(model)
+
+
+def _install(model: nn.Module, extension: Extension) -> None:
+    table = families.swaps()
+    for module in model.modules():
+        ours = table.get(type(module))
+        if ours is not None:
+            _become(module, ours)
+    for _, mixer in families.mixers(model):
+        mixer._widefield = extension  # type: ignore[assignment]
+    if "widefield" not in model.__dict__:
+        model.__class__ = _extended_class(type(model))
+        model.__dict__["_widefield_hook"] = model.register_forward_pre_hook(
+            _check_call, with_kwargs=True
+        )
+    model.__dict__["widefield"] = extension
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a live module's class; accelerate's hooks hold the old forward, so they are re-pointed."""
+    module.__class__ = kind
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = MethodType(kind.forward, module)
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What would otherwise fail deep inside, or not at all."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 0:
+        raise WidefieldError("the prompt is empty: expected at least one token")
+    extension: Extension = model.__dict__["widefield"]
+    if kwargs.get("labels") is not None and extension.drops_tokens:
+        raise WidefieldError(
+            "labels= needs one logit a token, and DeciMamba drops tokens: compute the loss on the logits of the "
+            "protected last tokens (DeciMamba(protect=...)), or restore the model first"
+        )
+
+
+class _ExtendedModel:
+    """What the top class of an extended model does differently: it saves what is on beside the weights."""
+
+    widefield: Extension
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_extension(self.widefield, Path(save_directory))
+        return result
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise WidefieldError(
+                    f"generate({name}=...) rolls the cache back, which a recurrent state cannot: leave it out"
+                )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _extended_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass with the same name, so that saved configs still name the transformers class."""
+    if kind not in _CLASSES:
+        body: dict[str, Any] = {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+        }
+        _CLASSES[kind] = type(kind.__name__, (_ExtendedModel, kind), body)
+    return _CLASSES[kind]
+
+
+def write_extension(extension: Extension, folder: Path) -> None:
+    """Write `widefield.json` and its calibrations (`widefield*.safetensors`) into a saved model's folder."""
+    if not extension.methods:
+        return
+    files: dict[int, str] = {}
+    entries = []
+    for method in extension.methods:
+        calibration = getattr(method, "calibration", None)
+        if calibration is not None and id(calibration) not in files:
+            suffix = f"-{len(files)}" if files else ""
+            files[id(calibration)] = f"widefield{suffix}.safetensors"
+            calibration.save(folder / files[id(calibration)])
+        entries.append(
+            {
+                "name": method.name,
+                "options": method.describe(),
+                "calibration": files.get(id(calibration)),
+            }
+        )
+    text = json.dumps({"format": 1, "methods": entries}, indent=2) + "\n"
+    temporary = folder / "widefield.json.part"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / "widefield.json")
+
+
+def read_methods(folder: Path) -> tuple[Method, ...]:
+    """The methods that `write_extension` left in a folder; empty if there are none.
+
+    Raises:
+        WidefieldError: if `widefield.json` or a calibration beside it cannot be read.
+    """
+    path = folder / "widefield.json"
+    if not path.is_file():
+        return ()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        specs = [(e["name"], dict(e["options"]), e.get("calibration")) for e in entries]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise WidefieldError(
+            f"{path} is not a description of methods ({type(error).__name__}): "
+            "save the extended model again, or delete the file to load the model without methods"
+        ) from None
+    calibrations: dict[str, Calibration] = {}
+    methods = []
+    for name, options, file in specs:
+        if file is not None and file not in calibrations:
+            if Path(file).name != file:
+                raise WidefieldError(f"{path} names the calibration {file!r}: expected a file beside it")
+            calibrations[file] = Calibration.load(folder / file)
+        methods.append(from_config(name, options, None if file is None else calibrations[file]))
+    return tuple(methods)

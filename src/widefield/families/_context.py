@@ -1,0 +1,212 @@
+"""What every mixer needs from outside its own weights: padding, the cache, and the plan of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from widefield.errors import WidefieldError
+from widefield.ops import Rows
+from widefield.plan import LayerPlan, ScanInputs
+
+Observer = Callable[[int, ScanInputs], None]
+
+
+class Link(Protocol):
+    """How a mixer asks what to do; the extension puts one into every mixer of its model."""
+
+    observer: Observer | None
+
+    def plan(
+        self, layer: int, seen: tuple[int, ...] | None, new: tuple[int, ...], device: torch.device
+    ) -> LayerPlan | None:
+        """The plan of this layer for a prefill of `new` tokens a row after `seen` ones."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Left padding of a batch.
+
+    Attributes:
+        valid: (B, L) bool, or None if no token is padding.
+        lengths: valid tokens of each row; one number if all rows have as many.
+    """
+
+    valid: Bool[Tensor, "batch length"] | None
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def none(length: int) -> Padding:
+        """No padding at all."""
+        return Padding(None, (length,))
+
+    @staticmethod
+    def of_valid(valid: Bool[Tensor, "batch length"] | None, length: int) -> Padding:
+        """From a tensor that is known to be left-padded."""
+        if valid is None:
+            return Padding.none(length)
+        return Padding(valid, collapse(tuple(int(n) for n in valid.sum(1).tolist())))
+
+
+def collapse(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """One number where all rows agree."""
+    return lengths[:1] if len(set(lengths)) == 1 else lengths
+
+
+def read_padding(mask: Tensor | None, length: int) -> Padding:
+    """Read a 2-D attention mask; left padding only.
+
+    The answer is kept on the mask tensor, so that the layers of one forward check it once.
+
+    Args:
+        mask: (B, L) or (B, past + L), 1 for tokens and 0 for padding; None = no padding.
+        length: L, the tokens of this forward.
+
+    Raises:
+        WidefieldError: if the mask is not 2-D, is shorter than the tokens, has a row without a token, holes,
+            or padding on the right.
+    """
+    if mask is None:
+        return Padding.none(length)
+    known = getattr(mask, "_widefield_padding", None)
+    if known is not None and known[0] == (length, mask._version):
+        return known[1]
+    if mask.ndim != 2:
+        raise WidefieldError(
+            f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length) with 1 for tokens "
+            "and 0 for left padding"
+        )
+    if mask.shape[1] < length:
+        raise WidefieldError(
+            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one entry a token"
+        )
+    padding = _check_left_padded(mask[:, -length:].bool(), length)
+    try:
+        mask._widefield_padding = ((length, mask._version), padding)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # a tensor that takes no attributes is read again
+        pass
+    return padding
+
+
+def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padding:
+    if bool(valid.all()):
+        return Padding.none(length)
+    falls = (valid[:, :-1] & ~valid[:, 1:]).any(1)
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0])
+        what = "is right-padded" if not bool(valid[row, -1]) else "has a hole"
+        raise WidefieldError(
+            f"attention_mask {what} in row {row}: a state-space model carries padding on in its state; "
+            "pad on the left (tokenizer.padding_side = 'left')"
+        )
+    if not bool(valid[:, -1].all()):
+        row = int((~valid[:, -1]).nonzero()[0])
+        raise WidefieldError(f"row {row} of attention_mask has no token: expected at least one a row")
+    return Padding.of_valid(valid, length)
+
+
+class LayerCache:
+    """One layer's part of a transformers cache, and how many tokens it has consumed."""
+
+    def __init__(self, cache: Any, layer: int, batch: int) -> None:
+        """Look at layer number `layer` of `cache`; `batch` rows are about to be read."""
+        self.cache, self.layer, self.batch = cache, layer, batch
+        self.entry = cache.layers[layer]
+        if getattr(self.entry, "record_past", False):
+            raise WidefieldError(
+                "assisted decoding asks the cache to roll back, which a recurrent state cannot: "
+                "call generate() without an assistant model or prompt lookup"
+            )
+        self.filled = bool(self.entry.has_previous_state[0])
+
+    @property
+    def conv_state(self) -> Float[Tensor, "batch channels kernel"] | None:
+        """The last K inputs of the convolution, or None before the first token."""
+        return self.entry.conv_states[0] if self.filled else None
+
+    @property
+    def state(self) -> Tensor | None:
+        """The recurrent state, or None before the first token."""
+        return self.entry.recurrent_states[0] if self.filled else None
+
+    @property
+    def seen(self) -> tuple[int, ...] | None:
+        """Tokens each row has consumed (one number if equal); None if other code filled the cache."""
+        if not self.filled:
+            return (0,)
+        seen = getattr(self.entry, "widefield_seen", None)
+        if seen is None or len(seen) in (1, self.batch):
+            return seen
+        if self.batch % len(seen) == 0:  # rows were repeated, for beams or several answers
+            times = self.batch // len(seen)
+            return tuple(n for n in seen for _ in range(times))
+        return None
+
+    def store(
+        self, conv_state: Tensor, state: Tensor | None, new: tuple[int, ...] | None = None
+    ) -> None:
+        """Write the states behind the last token, in place where the cache already has some.
+
+        Args:
+            conv_state: (B, D, K) the last K inputs.
+            state: the recurrent state, or None if it was updated in place.
+            new: tokens of each row that this forward consumed.
+        """
+        seen = self.seen
+        if self.filled:
+            self.entry.conv_states[0].copy_(conv_state)
+        else:
+            self.cache.update_conv_state(conv_state, self.layer)
+        if state is not None:
+            self.cache.update_recurrent_state(state, self.layer)
+        self.entry.widefield_seen = None if seen is None or new is None else _add(seen, new)
+
+    def count(self, new: int) -> None:
+        """Note that every row has consumed `new` more tokens."""
+        seen = self.seen
+        self.entry.widefield_seen = None if seen is None else _add(seen, (new,))
+
+
+def _add(seen: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
+    width = max(len(seen), len(new))
+    left = seen * width if len(seen) == 1 else seen
+    right = new * width if len(new) == 1 else new
+    return collapse(tuple(a + b for a, b in zip(left, right, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """Rides on a hidden-state tensor after decimation: which of its rows are tokens.
+
+    Attributes:
+        rows: what the last decimating layer kept.
+        length: the tokens of the forward before any decimation.
+    """
+
+    rows: Rows
+    length: int
+
+
+def shortened(hidden_states: Tensor) -> Shortened | None:
+    """The decimation that a hidden-state tensor has behind it, if any."""
+    return getattr(hidden_states, "_widefield_shortened", None)
+
+
+def mark_shortened(hidden_states: Tensor, note: Shortened) -> Tensor:
+    """Leave a note on a hidden-state tensor for the next block."""
+    hidden_states._widefield_shortened = note  # type: ignore[attr-defined]
+    return hidden_states
+
+
+def padding_of(hidden_states: Tensor, mask: Tensor | None, note: Shortened | None) -> Padding:
+    """Padding of a block's input, whether or not earlier layers dropped tokens."""
+    length = hidden_states.shape[1]
+    if note is not None:
+        return Padding.of_valid(note.rows.valid, length)
+    return read_padding(mask, length)
