@@ -124,11 +124,11 @@ def parse_methods(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return _parse_list(text, _parse_method, "methods", "unmodified,longmamba")
 
 
-def _parse_list(
-    text: str, parse: Callable[[str], T], kind: str, example: str
-) -> tuple[T, ...]:
+def _parse_list(text: str, parse: Callable[[str], T], kind: str, example: str) -> tuple[T, ...]:
     if not all(part.strip() for part in text.split(",")):
-        raise WidefieldError(f"{text!r} is not a list of {kind}: separate them by commas: {example}")
+        raise WidefieldError(
+            f"{text!r} is not a list of {kind}: separate them by commas: {example}"
+        )
     return tuple(dict.fromkeys(parse(part) for part in text.split(",")))
 
 
