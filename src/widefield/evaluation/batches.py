@@ -1,4 +1,4 @@
-"""How many prompts run at once: within a token budget, and fewer where the memory does not suffice."""
+"""How many prompts run at once: within a token budget, and fewer where memory is short."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Budget:
         self.tokens = tokens
 
     def rows(self, length: int, jobs: int) -> int:
-        """Prompts of the next batch: as many as fit, spread evenly over the batches that are left."""
+        """Prompts of the next batch: as many as fit, spread evenly over the batches left."""
         most = max(1, self.tokens // length)
         return -(-jobs // -(-jobs // most))
 
@@ -68,7 +68,7 @@ def run_batches(
     run: Callable[[Sequence[Job]], Sequence[Answer]],
     stopwatch: Stopwatch,
 ) -> Iterator[tuple[Job, Answer, float]]:
-    """Run jobs of equal length in batches; yields each job with its answer and its share of the seconds.
+    """Run jobs of equal length in batches; yields each job, its answer, its share of the seconds.
 
     A batch that does not fit into memory is tried again at half the size.
 
@@ -102,8 +102,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _shrink(budget: Budget, rows: int, length: int) -> None:
     if rows == 1:
         raise WidefieldError(
-            f"out of memory for a single prompt of {length} tokens; use a shorter length, a smaller "
-            "dtype or a larger device"
+            f"out of memory for a single prompt of {length} tokens; use a shorter length, "
+            "a smaller dtype or a larger device"
         )
     budget.tokens = (rows // 2) * length
     if torch.cuda.is_available():

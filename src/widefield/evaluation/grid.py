@@ -115,7 +115,7 @@ def parse_depths(text: str) -> tuple[float, ...]:
 def parse_methods(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Methods to compare, separated by commas; "+" puts several into one model.
 
-    "unmodified,longmamba,longmamba+decimamba" gives (("unmodified", ()), ("longmamba", ("longmamba",)),
+    "unmodified,longmamba+decimamba" gives (("unmodified", ()),
     ("longmamba+decimamba", ("longmamba", "decimamba"))).
 
     Raises:

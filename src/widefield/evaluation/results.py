@@ -32,7 +32,7 @@ class Cell:
         trials: prompts (passkey) or windows (bits).
         correct: how many answers were right; None for bits.
         seconds: this cell's share of the wall time of its batches.
-        bits: mean −log2 p a byte over the scored tokens; None for passkey.
+        bits: mean -log2 p a byte over the scored tokens; None for passkey.
         bits_per_token: the same a token; None for passkey.
         tokens: scored tokens; None for passkey.
     """
@@ -100,19 +100,20 @@ class Results:
             if isinstance(error, WidefieldError):
                 raise
             raise WidefieldError(
-                f"{path} is not a readable results file ({type(error).__name__}); it was left as it is: "
-                "move it away or choose another --out"
+                f"{path} is not a readable results file ({type(error).__name__}); it was left as "
+                "it is: move it away or choose another --out"
             ) from error
         return cls(header, cells, path, resumed=len(cells))
 
     @classmethod
     def open(cls, path: str | Path | None, header: dict[str, Any]) -> Results:
-        """Go on with a stored file of the same run, or begin a new one (written with the first cell).
+        """Go on with a stored file of the same run, or begin a new one.
 
-        Subjects and tasks that only one of the two headers has are kept side by side.
+        Nothing is written before the first cell. Subjects and tasks that only one of the two
+        headers has are kept side by side.
 
         Args:
-            path: results.json, or the folder that holds it or will; None keeps everything in memory.
+            path: results.json, or the folder that holds it or will; None keeps all in memory.
             header: of the run that begins; see `make_header` in evaluation/header.py.
 
         Raises:
@@ -158,7 +159,7 @@ class Results:
         return sorted(chosen, key=lambda c: (names.index(c.method), c.length, c.depth or 0.0))
 
     def methods(self, task: str) -> list[str]:
-        """Names of the subjects with cells of a task, in the order in which they were first finished."""
+        """Names of the subjects with cells of a task, in the order of their first cells."""
         return list(dict.fromkeys(cell.method for cell in self.cells if cell.task == task))
 
     def share(self, task: str, method: str, length: int) -> float:

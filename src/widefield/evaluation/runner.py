@@ -1,4 +1,4 @@
-"""Run a grid: every subject, then every length, then every depth; finished cells are stored at once.
+"""Run a grid: every subject, every length, every depth; finished cells are stored at once.
 
 All subjects see identical samples, whatever the order, the batch size, or what ran before.
 """
@@ -56,9 +56,10 @@ def run_passkey(
         subjects: models with their methods; each is left as it was.
         haystack: the text around the needle.
         grid: lengths, depths, trials, seed.
-        out: folder (or .json file) of the results; a run of the same configuration that was interrupted
+        out: folder (or .json file) of the results; an interrupted run of the same configuration
             goes on there. None keeps them in memory.
-        on_cell: called with every cell of the grid; those found finished come first in their length.
+        on_cell: called with every cell of the grid; those found finished come first in their
+            length.
         command: for the header; None takes the running program's command line.
 
     Raises:

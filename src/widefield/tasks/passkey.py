@@ -4,8 +4,8 @@ A prompt of `length` tokens is exactly
 
     PREFIX + haystack[:cut] + NEEDLE + haystack[cut:] + QUESTION
 
-and the answer, which is not counted, follows. Depth 0 puts the needle directly after the prefix, depth 1
-directly before the question.
+and the answer, which is not counted, follows. Depth 0 puts the needle directly after the prefix,
+depth 1 directly before the question.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from widefield.errors import WidefieldError
 from widefield.tasks.texts import Haystack
@@ -68,7 +68,7 @@ class Sample:
 
 
 def trial_rng(seed: int, length: int, depth: float, trial: int) -> np.random.Generator:
-    """The random source of one trial of one cell: other lengths, depths, trials do not change it."""
+    """The random source of one trial; which others are run, and in what order, changes nothing."""
     return np.random.default_rng([seed, length, round(depth * 1_000_000), trial])
 
 
@@ -108,13 +108,13 @@ class PasskeyTask:
     def answer_tokens(self) -> int:
         """How many tokens to generate for a judgement, the same for every sample.
 
-        Byte-level: the five digits. Else at most one token a digit, one for a leading space and one to
-        see that the number ends.
+        Byte-level: the five digits. Else at most one token a digit, one for a leading space and one
+        to see that the number ends.
         """
         return DIGITS if is_byte_level(self.tokenizer) else DIGITS + 2
 
     def check_length(self, length: int) -> None:
-        """Raise `WidefieldError` if a prompt of this length cannot hold the needle and the question."""
+        """Raise `WidefieldError` if a prompt of this length cannot hold needle and question."""
         if length < self.minimum_length:
             raise _too_short(length, self.minimum_length, self.needle_length)
 
@@ -123,7 +123,8 @@ class PasskeyTask:
 
         Args:
             length: tokens of the prompt, at least `minimum_length`.
-            depth: where the needle lies, 0 (directly after the prefix) to 1 (directly before the question).
+            depth: where the needle lies, 0 (directly after the prefix) to 1 (directly before the
+                question).
             rng: draws the key, then the window of the haystack.
 
         Raises:
@@ -157,9 +158,9 @@ def byte_minimum_length() -> int:
 
 
 def byte_sample(
-    haystack: Int[np.ndarray, " bytes"], length: int, depth: float, rng: np.random.Generator
+    haystack: UInt8[np.ndarray, " bytes"], length: int, depth: float, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " answer"]]:
-    """A prompt with its answer behind it, for byte-level training; the same prompt as `PasskeyTask`'s.
+    """A prompt with its answer behind it, for byte-level training; the prompts of `PasskeyTask`.
 
     Args:
         haystack: the text's bytes, uint8.
@@ -168,8 +169,8 @@ def byte_sample(
         rng: draws the key, then the window of the haystack.
 
     Returns:
-        ids (length + 5,), int64, byte + 3 as ByT5 has it, and the positions of the answer in them (the
-        last five; the prediction of position p is the output at p − 1).
+        ids (length + 5,), int64, byte + 3 as ByT5 has it, and the positions of the answer in them:
+        the last five. Position p is predicted by the output at p - 1.
 
     Raises:
         WidefieldError: for a length that is too short, an empty haystack or a depth outside 0 to 1.
@@ -217,12 +218,12 @@ def _draw_key(rng: np.random.Generator) -> str:
 
 
 @functools.cache
-def _ascii(text: str) -> Int[np.ndarray, " bytes"]:
+def _ascii(text: str) -> UInt8[np.ndarray, " bytes"]:
     return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
 
 
 def _too_short(length: int, minimum: int, needle: int) -> WidefieldError:
     return WidefieldError(
-        f"a prompt of {length} tokens is too short for the passkey task: prefix, needle and question "
-        f"take {minimum} (the needle alone {needle}); ask for a length of at least {minimum}"
+        f"a prompt of {length} tokens is too short for the passkey task: prefix, needle and "
+        f"question take {minimum} (the needle alone {needle}); ask for at least {minimum}"
     )

@@ -1,7 +1,8 @@
 """Bits per byte and per token of long texts by context length, as PG-19 is measured.
 
-A window's end stands fixed; a context length says how many tokens up to that end the model reads. The
-scored tokens, the last ones, are therefore the same at every length, and a method's cost there is seen.
+A window's end stands fixed; a context length says how many tokens up to that end the model reads.
+The scored tokens, the last ones, are therefore the same at every length, and a method's cost there
+is seen.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ class Windows:
         """Draw windows, each from another text as long as there are enough of them.
 
         Args:
-            tokenizer: any tokenizer of transformers; its begin-of-sequence id, if it wants one, is put
-                before every window by `at`.
+            tokenizer: any tokenizer of transformers.
             texts: at least one of `longest` tokens or more; shorter ones are passed over.
             longest: tokens of a window.
             windows: how many.
@@ -67,8 +67,8 @@ class Windows:
                 break
         if not long_enough:
             raise WidefieldError(
-                f"no text has {longest} tokens (the longest of {len(texts)} has {most}): ask for shorter "
-                "lengths, or join texts into longer files"
+                f"no text has {longest} tokens (the longest of {len(texts)} has {most}): ask for "
+                "shorter lengths, or join texts into longer files"
             )
         chosen = [long_enough[i % len(long_enough)] for i in range(windows)]
         ends = [int(rng.integers(longest, len(ids) + 1)) for ids in chosen]
@@ -77,7 +77,7 @@ class Windows:
         )
 
     def at(self, length: int, tokenizer: Any) -> Int[np.ndarray, "windows length"]:
-        """The last `length` tokens of every window, the first replaced by the tokenizer's BOS if it has one."""
+        """The last `length` tokens of every window, the first being BOS if the tokenizer wants it."""
         rows = self.ids[:, -length:].copy()
         bos = bos_ids(tokenizer)
         rows[:, : len(bos)] = bos
@@ -85,19 +85,19 @@ class Windows:
 
 
 def scored_tokens(length: int, last: int) -> int:
-    """How many tokens of a window are scored: `last`, but never the first, which nothing predicts."""
+    """How many tokens of a window are scored: never the first, which nothing predicts."""
     return min(last, length - 1)
 
 
 def token_bits(
     model: Any, ids: Int[Tensor, "batch length"], last: int
 ) -> Float[Tensor, "batch scored"]:
-    """−log2 p of the last tokens of each row, float32; logits are made for these only.
+    """-log2 p of the last tokens of each row, float32; logits are made for these only.
 
     Args:
         model: any causal language model of transformers, on the device of `ids`.
         ids: rows without padding.
-        last: how many tokens to score, at most length − 1.
+        last: how many tokens to score, at most length - 1.
 
     Raises:
         WidefieldError: if the model returns fewer rows (a method dropped scored tokens) or NaN.
@@ -105,8 +105,8 @@ def token_bits(
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=last + 1).logits
     if logits.shape[1] != last + 1:
         raise WidefieldError(
-            f"the method keeps {logits.shape[1]} tokens where {last + 1} are needed: score fewer tokens, "
-            "or let it keep and protect more (see protecting())"
+            f"the method keeps {logits.shape[1]} tokens where {last + 1} are needed: score fewer "
+            "tokens, or let it keep and protect more (see protecting())"
         )
     targets = ids[:, -last:]
     step = max(1, _CHUNK // (logits.shape[0] * logits.shape[2]))
@@ -134,8 +134,8 @@ def byte_count(tokenizer: Any, ids: Int[np.ndarray, "windows scored"]) -> int:
 def protecting(methods: Sequence[Method], last: int) -> tuple[Method, ...]:
     """The same methods, those that drop tokens told to keep the scored ones.
 
-    DeciMamba's `protect` becomes at least last + 1: the rows that predict the scored tokens, and the
-    last one. Its `base_length`, times its shrink factors, must leave room for them.
+    DeciMamba's `protect` becomes at least last + 1: the rows that predict the scored tokens, and
+    the last one. Its `base_length`, times its shrink factors, must leave room for them.
     """
     return tuple(_protect(method, last + 1) for method in methods)
 

@@ -12,7 +12,7 @@ from widefield.errors import WidefieldError
 
 __all__ = ["Haystack", "default_haystack", "load_haystack", "load_texts"]
 
-_PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " tokens"]:
     """The ids of a text, int64, with no special token among them.
 
     Args:
-        tokenizer: any tokenizer of transformers; ByT5's is bypassed, since its own loop over characters
-            is slow and reads markers such as "</s>" in the text as special tokens.
+        tokenizer: any tokenizer of transformers; ByT5's is bypassed, since its own loop over
+            characters is slow and reads markers such as "</s>" in the text as special tokens.
         text: any text; for byte-level tokenizers its UTF-8 bytes count.
     """
     if is_byte_level(tokenizer):
