@@ -1,4 +1,4 @@
-# Triton is a GPU-only dependency whose language is not Python's types; this keeps pyright quiet and honest.
+# Triton is for GPUs only and its language is not typed: any name is there, of any type.
 from typing import Any
 
 from . import language as language
