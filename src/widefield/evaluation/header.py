@@ -89,6 +89,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
     return {
         "model": layout.model_class,
         "fingerprint": layout.fingerprint,
+        "parameters": sum(weights.numel() for weights in subject.model.parameters()),
         "layers": len(layout.layers),
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "tokenizer": type(subject.tokenizer).__name__,

@@ -272,7 +272,7 @@ def measure_bits(
     budget = Budget(min(batch_tokens, most_rows * length))
     methods = protecting(subject.methods, last)
     with extended(subject.model, *methods), torch.inference_mode():
-        done = list(run_batches(rows, length, budget, run, Stopwatch(device)))
+        done = list(run_batches(list(rows), length, budget, run, Stopwatch(device)))
     bits = sum(answer for _, answer, _ in done)
     scored = rows[:, -last:]
     return Cell(

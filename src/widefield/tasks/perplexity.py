@@ -59,7 +59,7 @@ class Windows:
         long_enough = []
         most = 0
         for index in rng.permutation(len(texts)):
-            ids = encode(tokenizer, texts[index])
+            ids = encode(tokenizer, texts[int(index)])
             most = max(most, len(ids))
             if len(ids) >= longest:
                 long_enough.append(ids)
@@ -77,7 +77,7 @@ class Windows:
         )
 
     def at(self, length: int, tokenizer: Any) -> Int[np.ndarray, "windows length"]:
-        """The last `length` tokens of every window, the first being BOS if the tokenizer wants it."""
+        """The last `length` tokens of every window, with the tokenizer's BOS as the first."""
         rows = self.ids[:, -length:].copy()
         bos = bos_ids(tokenizer)
         rows[:, : len(bos)] = bos
