@@ -12,7 +12,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
+# Of torch and transformers a twentieth is ever imported: that is compiled at its first import.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PINS)
+unexport PYTHONDONTWRITEBYTECODE
 # A stamp per constraints file, so that changing the pins installs again and nothing else does.
 PINS_NAME := $(or $(notdir $(CONSTRAINTS)),unpinned)
 RUN := $(VENV)/.installed-run-$(PINS_NAME)
