@@ -25,7 +25,16 @@ from widefield.methods import from_config, plan_layer
 from widefield.methods.base import Method
 from widefield.plan import LayerPlan, ModelLayout
 
-__all__ = ["Extension", "extend", "extended", "observed", "restore"]
+__all__ = [
+    "Extension",
+    "extend",
+    "extended",
+    "observed",
+    "read_methods",
+    "replace_methods",
+    "restore",
+    "write_extension",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 _PLANS_KEPT = 1024
@@ -163,6 +172,14 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         extension.observer = previous
         if before is None:
             restore(model)
+
+
+def replace_methods(model: nn.Module, extension: Extension) -> None:
+    """Exchange the methods of an extended model for those of a prepared `Extension`, without a look at its weights.
+
+    For loops that change the methods often, where `extend` would take the model's fingerprint each time.
+    """
+    _install(model, extension)
 
 
 def _install(model: nn.Module, extension: Extension) -> None:

@@ -1,0 +1,93 @@
+"""The model card: made from training.json and, once it has been measured, the results beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_card"]
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md of a checkpoint folder from its training.json, methods.json and results*.json."""
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    methods = json.loads((folder / "methods.json").read_text(encoding="utf-8"))
+    parts = [_front(record), _training(record), _settings(methods)]
+    parts += [_results(path) for path in sorted(folder.glob("results*.json"))]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _front(record: dict[str, Any]) -> str:
+    recipe = record["recipe"]
+    shape = recipe["shape"]
+    what = "fine-tuned with decimation on" if recipe["decimation"] else "trained from scratch"
+    return (
+        "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [mamba, byte-level, passkey]\n---\n\n"
+        f"# widefield passkey checkpoint: {recipe['name']}\n\n"
+        f"A byte-level Mamba-1 (width {shape['hidden_size']}, {shape['layers']} layers, state "
+        f"{shape['state_size']}), {what} on sequences of up to {max(s['length'] for s in recipe['stages']):,} "
+        "bytes. It finds a five-digit key in English text and shows, in two minutes on a CPU, what context "
+        "extension does. It is a demonstration, not a language model to write with.\n"
+    )
+
+
+def _training(record: dict[str, Any]) -> str:
+    recipe, corpus = record["recipe"], record["corpus"]
+    last = record["history"][-1]
+    stages = ", ".join(
+        f"{s['length']:,} bytes × {s['batch']} to {s['until']:.0%}" for s in recipe["stages"]
+    )
+    rows = [
+        ("Command", f"`{record['command']}`"),
+        ("Data", f"{corpus['files']} text files, {corpus['bytes']:,} bytes, sha256 of their bytes in order "
+                 f"`{corpus['sha256']}`"),
+        ("Device", f"{record['device']}, torch {record['torch']}, transformers {record['transformers']}"),
+        ("Time", f"{record['seconds'] / 60:.1f} minutes, {record['steps']:,} steps, {record['bytes'] / 1e6:,.0f} MB read"),
+        ("Curriculum", stages),
+        ("Mixture", f"{recipe['passkey_share']:.0%} passkey samples, the rest plain text"),
+        ("Optimiser", f"AdamW, learning rate {recipe['learning_rate']:g}, cosine to a tenth, weight decay "
+                      f"{recipe['weight_decay']:g}"),
+        ("Decimation", _decimation(recipe["decimation"])),
+        ("Seed", str(recipe["seed"])),
+        ("Last losses", f"text {last['text_loss']:.3f} nats a byte, answer digits {last['answer_loss']:.4f} nats"),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"## Training\n\n| | |\n| --- | --- |\n{table}\n"
+
+
+def _decimation(options: dict[str, Any] | None) -> str:
+    if not options:
+        return "off"
+    return (
+        f"layers {list(options['layers'])}, {options['keep_min']} to {options['keep_max']} tokens kept "
+        f"(log-uniform, drawn each step), score {options['score']}, last {options['protect']} bytes protected"
+    )
+
+
+def _settings(methods: dict[str, dict[str, Any]]) -> str:
+    lines = [f"- {name}: " + ", ".join(f"{k} = {v}" for k, v in options.items())
+             for name, options in methods.items()]  # fmt: skip
+    return "## Settings of the methods\n\n" + "\n".join(lines) + "\n"
+
+
+def _results(path: Path) -> str:
+    """One table of a results file: share of fully right answers by method and length, all depths together."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    header, cells = data["header"], data["cells"]
+    lengths = sorted({c["length"] for c in cells})
+    lines = ["| method | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " --- |" * len(lengths)]
+    for method in dict.fromkeys(c["method"] for c in cells):
+        shares = []
+        for length in lengths:
+            mine = [c for c in cells if c["method"] == method and c["length"] == length]
+            trials = sum(c["trials"] for c in mine)
+            shares.append(f"{sum(c['correct'] for c in mine) / trials:.2f}" if trials else "–")
+        lines.append(f"| {method} | " + " | ".join(shares) + " |")
+    depths = len({c["depth"] for c in cells})
+    trials = max(c["trials"] for c in cells)
+    return (
+        f"## Passkey ({path.name})\n\nShare of answers with all five digits right, {depths} depths × {trials} "
+        f"trials a length, on {header.get('device', 'an unnamed device')}; lengths in bytes.\n\n"
+        + "\n".join(lines) + f"\n\nCommand: `{header.get('command', '')}`\n"
+    )  # fmt: skip
