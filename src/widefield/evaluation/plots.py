@@ -131,7 +131,7 @@ class _Layout:
     @classmethod
     def of(cls, maps: int, columns: int, rows: int) -> _Layout:
         beside = cls.left + (maps - 1) * cls.gap + 0.62
-        tile = float(np.clip((6.8 - beside) / (maps * columns), 0.36, 0.6))
+        tile = float(np.clip((6.8 - beside) / (maps * columns), 0.36, 0.85))
         map_height = rows * float(np.clip(tile, 0.36, 0.44))
         width = max(beside + maps * columns * tile, 5.8)
         return cls(tile, columns, map_height, width, cls.bottom + map_height + 1.16)
@@ -391,14 +391,14 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     figure.canvas.draw()
     centres = axes.transData.transform([(p.cost, p.share) for p in points])
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
-    inside = axes.get_window_extent()
+    inside = tuple(axes.get_window_extent().extents)
     for point in sorted(points, key=lambda p: not p.chosen):
         if not point.label:
             continue
         placed = [_annotate(axes, point, spot) for spot in _LABEL_SPOTS]
         boxes = [tuple(text.get_window_extent().extents) for text in placed]
         costs = [
-            sum(_overlap(box, other) for other in taken) + 10 * _outside(box, inside.extents)
+            sum(_overlap(box, other) for other in taken) + 10 * _outside(box, inside)
             for box in boxes
         ]
         best = int(np.argmin(costs))
