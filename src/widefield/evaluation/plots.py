@@ -390,7 +390,7 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     FigureCanvasAgg(figure)
     figure.canvas.draw()
     centres = axes.transData.transform([(p.cost, p.share) for p in points])
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
+    taken: list[Sequence[float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
     inside = tuple(axes.get_window_extent().extents)
     for point in sorted(points, key=lambda p: not p.chosen):
         if not point.label:

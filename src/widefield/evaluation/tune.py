@@ -1,8 +1,8 @@
 """Choose LongMamba's clamp share, threshold, reduction and layers for one model, by measurement.
 
-Every setting is asked for hidden keys in long prompts and scored on long texts. The best one retrieves
-most among those whose bits per byte stay within a limit of the unmodified model's. Settings see the
-same prompts and the same texts, so small samples suffice to compare them.
+Every setting is asked for hidden keys in long prompts and scored on long texts. The best one
+retrieves most among those whose bits per byte stay within a limit of the unmodified model's.
+Settings see the same prompts and the same texts, so small samples suffice to compare them.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class TuneRow:
     Attributes:
         stage: "unmodified", "clamp and threshold", "reduction" or "layers".
         options: of the method, JSON-able; empty for the unmodified model.
-        share: share of right passkeys over all lengths, 0 to 1; None if the setting costs too much to
-            be asked.
+        share: share of right passkeys over all lengths, 0 to 1; None if the setting costs too much
+            to be asked.
         trials: prompts behind `share`.
         bits: bits per byte at the length where it costs most.
         cost: relative rise of bits per byte against the unmodified model there, e.g. 0.03.
@@ -142,9 +142,9 @@ def tune(
 ) -> TuneResult:
     """Find the LongMamba settings that retrieve best at a bounded cost in quality.
 
-    First every clamp share with every threshold, then the other reductions at the best of them, then
-    layer by layer whether leaving it out keeps the retrieval. A setting that costs too much is not asked
-    for keys.
+    First every clamp share with every threshold, then the other reductions at the best of them,
+    then layer by layer whether leaving it out keeps the retrieval. A setting that costs too much is
+    not asked for keys.
 
     Args:
         model: a live transformers model; it is left as it was.
