@@ -70,10 +70,10 @@ def _versions() -> dict[str, str]:
     import numpy
     import transformers
 
-    import widefield
+    from widefield import __version__
 
     return {
-        "widefield": widefield.__version__,
+        "widefield": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
