@@ -1,0 +1,31 @@
+"""`widefield info`: what a model is, and what widefield can do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a hub id, bundled:base or bundled:decimated.")
+    ] = "bundled:base",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for other programs.")
+    ] = False,
+) -> None:
+    """What a model is made of and what is on in it.
+
+    Layers, channels, the share of global channels, the training length, methods saved with it.
+    """
+    from widefield.cli._info import describe_source, show
+    from widefield.cli._models import load_source
+
+    source = load_source(model, calibration=calibration, saved_methods=True)
+    show(describe_source(source), as_json)
