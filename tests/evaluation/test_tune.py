@@ -203,3 +203,17 @@ def test_bad_input_is_refused(calibration: Calibration) -> None:
         search_with(calibration, trials=0)
     with pytest.raises(WidefieldError, match="no clamp_shares"):
         Candidates(clamp_shares=())
+    with pytest.raises(WidefieldError, match="belongs to"):
+        tune(tiny_mamba(seed=1), calibration, ByT5Tokenizer(), haystack=TEXT, lengths=(256,))
+
+
+def test_settings_that_filter_nothing_are_passed_over(
+    calibration: Calibration, costs: Callable[[Costs], None]
+) -> None:
+    costs(usual_cost)
+    some = Candidates((0.01,), (0.999999, 1e-17), ("fastest",), layers=False)
+    result = search_with(calibration, candidates=some)
+    assert result.best.decay_threshold == 1e-17
+    none = Candidates((0.01,), (0.999999,), ("fastest",), layers=False)
+    with pytest.raises(WidefieldError, match="none is global"):
+        search_with(calibration, candidates=none)

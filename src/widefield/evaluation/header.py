@@ -100,7 +100,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
 
 def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
     return {
-        "fingerprint": calibration.fingerprint,
+        "fingerprint": calibration.identity,
         "train_length": calibration.train_length,
         "corpus_hash": calibration.corpus_hash,
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from widefield.evaluation.header import Subject
 from widefield.evaluation.runner import ask, measure_bits
 from widefield.extension import extended
 from widefield.methods import LongMamba
+from widefield.plan import ModelLayout
 from widefield.tasks.passkey import PasskeyTask, trial_rng
 from widefield.tasks.perplexity import Windows
 
@@ -35,13 +36,13 @@ class Candidates:
     """What is tried, in this order: an early stop has then tried the likeliest first.
 
     Attributes:
-        clamp_shares: C; each with every threshold.
+        clamp_shares: C, also None or "follow"; each with every threshold.
         decay_thresholds: Th.
         reductions: tried at the best C and Th; the first one is the one these are found with.
         layers: whether to try leaving out layers, one after the other.
     """
 
-    clamp_shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.005)
+    clamp_shares: tuple[float | Literal["follow"] | None, ...] = (0.01, 0.02, 0.05, 0.005)
     decay_thresholds: tuple[float, ...] = (1e-17, 1e-22, 1e-13, 1e-30, 1e-9)
     reductions: tuple[str, ...] = ("fastest", "mean", "slowest")
     layers: bool = True
@@ -94,7 +95,7 @@ class Bench:
     last: int
     seed: int
     tokens: int
-    layers: tuple[int, ...]
+    layout: ModelLayout
 
     def bits(self, methods: tuple[LongMamba, ...]) -> dict[int, float]:
         """Bits per byte at every length."""
@@ -152,6 +153,7 @@ class Search:
     unmodified: dict[int, float] = field(default_factory=dict)
     best_first_round: float = 0.0
     stopped: str | None = None
+    refusal: WidefieldError | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def run(self) -> None:
@@ -191,7 +193,9 @@ class Search:
                         reduction=self.candidates.reductions[0],
                     ),
                 )
-        if not any(row.share is not None for _, row in self.measured):
+        if not self.measured and self.refusal is not None:
+            raise self.refusal
+        if not self._asked():
             method, _ = min(self.measured, key=_cost)
             self._measure("clamp and threshold", method, whatever_it_costs=True)
 
@@ -210,14 +214,14 @@ class Search:
 
     def _thin_out(self, method: LongMamba, row: TuneRow) -> TuneRow:
         """Leave out each layer in turn, for good if retrieval stays and the cost does not rise."""
-        kept = self.bench.layers if method.layers == "all" else tuple(method.layers)
+        kept = self.bench.layout.layers if method.layers == "all" else method.layers
         for layer in kept:
             fewer = tuple(other for other in kept if other != layer)
             if not fewer:
                 break
             attempt = dataclasses.replace(method, layers=fewer)
             result = self._measure("layers", attempt)
-            if _no_worse(result, row):
+            if result is not None and _no_worse(result, row):
                 method, row, kept = attempt, result, fewer
         return row
 
@@ -243,7 +247,15 @@ class Search:
         if time.perf_counter() - self.started > self.budget_seconds:
             raise _OutOfTime
 
-    def _measure(self, stage: str, method: LongMamba, whatever_it_costs: bool = False) -> TuneRow:
+    def _measure(
+        self, stage: str, method: LongMamba, whatever_it_costs: bool = False
+    ) -> TuneRow | None:
+        """Measure one setting; None if it would filter no channel at all."""
+        try:
+            method.validate(self.bench.layout)
+        except WidefieldError as error:
+            self.refusal = error
+            return None
         self._check_time()
         with self._timed() as seconds:
             bits = self.bench.bits((method,))
@@ -294,7 +306,7 @@ class Search:
     def _planned(self) -> int:
         chosen = self.candidates
         settings = len(chosen.clamp_shares) * len(chosen.decay_thresholds)
-        layers = len(self.bench.layers) if chosen.layers else 0
+        layers = len(self.bench.layout.layers) if chosen.layers else 0
         return settings + len(chosen.reductions) + layers + bool(self.confirmation)
 
     @contextmanager

@@ -108,8 +108,8 @@ def tune(
         The choice and the whole table. Ctrl-C ends the search, too, once a setting is measured.
 
     Raises:
-        WidefieldError: if a length cannot hold the needle, no text is long enough, or the budget
-            ends before the first setting.
+        WidefieldError: if the calibration is of another model, a length cannot hold the needle, no
+            text is long enough, no setting filters a channel, or the budget ends before the first.
     """
     if trials < 1 or windows < 1 or last < 1:
         raise WidefieldError(
@@ -118,6 +118,8 @@ def tune(
     haystack = default_haystack() if haystack is None else haystack
     haystack = Haystack("haystack", haystack) if isinstance(haystack, str) else haystack
     lengths = tuple(lengths) if lengths else (16 * calibration.train_length,)
+    layout = describe(model)
+    calibration.check(layout)
     task = PasskeyTask(tokenizer, haystack)
     for length in lengths:
         task.check_length(length)
@@ -131,7 +133,7 @@ def tune(
         last=last,
         seed=seed,
         tokens=batch_tokens or default_batch_tokens(model),
-        layers=describe(model).layers,
+        layout=layout,
     )
     search = Search(
         bench=bench,
