@@ -1,4 +1,4 @@
-"""What the unmodified model's Δ looks like, per layer and channel: collected as a stream, stored small."""
+"""What the unmodified model's Δ looks like: collected as a stream, stored small."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """A channel's distribution of Δ in two bytes a knot.
 
-Stored is U(g), the share of tokens with Δ ≥ g, as straight lines of log U over log g between knots. The mass kept
-above a threshold, clamped or not, is a positive sum of U: an error of U within ±ε bounds that of the mass, too.
-g lies on a grid of 65,535 equal steps of log g between the channel's smallest and largest Δ; each knot is a
-pair of bytes, how many steps it lies above the one before, and how far log U falls. Steps are companded, and
-each knot is chosen from where the decoded ones really lie, so errors of rounding do not add up.
+Stored is U(g), the share of tokens with Δ ≥ g, as straight lines of log U over log g between knots.
+The mass kept above a threshold, clamped or not, is a positive sum of U: an error of U within ±ε
+bounds that of the mass, too. g lies on a grid of 65,535 equal steps of log g between the channel's
+smallest and largest Δ; each knot is a pair of bytes, how many steps it lies above the one before,
+and how far log U falls. Steps are companded, and each knot is chosen from where the decoded ones
+really lie, so errors of rounding do not add up.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from widefield.calibration.sketch import DeltaSketch
 
 __all__ = ["decode", "encode"]
 
-_GRID = 1 << 22
+_GRID = 1 << 22  # steps of log Δ between a channel's smallest and largest
 _POINTS = 512  # centroids that the knots are fitted to
 _SMALLEST = 1e-9  # Δ below this share of the channel's largest counts as none
 _FLOAT32_APART = 2.4e-7  # relative distance at which float32 values are surely different
-_NEEDED = 5e-4  # half of the mass share kept at 1,000 times the training length; further out the fit is looser
+_NEEDED = 5e-4  # half the mass share kept at 1,000 times the training length; beyond, looser fit
 _LANES = 8192  # channels fitted at a time
 _ROUNDS = 8  # halvings of the interval of log ε
 
@@ -65,11 +66,12 @@ def encode(
     for start in range(0, sketch.channels, _LANES):
         lanes = slice(start, start + _LANES)
         parts.append(_encode(values[lanes], weights[lanes], sketch.tokens, knots))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+    lowest, highest, steps, falls = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return lowest, highest, steps, falls
 
 
 def _grid_size(lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
-    """Steps between the smallest and the largest Δ, fewer where float32 could not tell them apart."""
+    """Steps from the smallest to the largest Δ, fewer where float32 cannot tell them apart."""
     span = np.log(highest.astype(np.float64)) - np.log(lowest.astype(np.float64))
     return np.clip(np.floor(span / _FLOAT32_APART), 1, _GRID).astype(np.int64)
 
@@ -98,7 +100,7 @@ def _encode(
 
 
 class _Points:
-    """What the knots are fitted to: log U at grid positions around every centroid, with its tolerance."""
+    """What the knots are fitted to: log U around every centroid, with its tolerance."""
 
     def __init__(
         self,
@@ -113,7 +115,8 @@ class _Points:
         g = _value(lowest, highest, self.position)
         above = np.maximum(_tokens_above(values, weights, g), 0.5)
         self.log_share = np.log(above / tokens).astype(np.float32)
-        # A curve that is off by less than half a token still parts the calibrated tokens in the same place.
+        # A curve that is off by less than half a token still parts the calibrated tokens in the
+        # same place.
         self.least = np.log(np.maximum(above - 0.5, 0.3) / tokens).astype(np.float32)
         self.most = np.log((above + 0.5) / tokens).astype(np.float32)
         mass = _mass_above(g.astype(np.float64), above)
@@ -124,7 +127,7 @@ class _Points:
 def _candidates(
     values: np.ndarray, lowest: np.ndarray, highest: np.ndarray, size: np.ndarray
 ) -> np.ndarray:
-    """(D, 2C + 2) ascending positions: both neighbours on the grid of every centroid, and the ends."""
+    """(D, 2C + 2) ascending positions: both grid neighbours of every centroid, and the ends."""
     low, high = np.log(lowest.astype(np.float64)), np.log(highest.astype(np.float64))
     scale = size / np.maximum(high - low, _FLOAT32_APART)
     place = (np.log(np.maximum(values, lowest[:, None]).astype(np.float64)) - low[:, None]) * scale[
@@ -138,7 +141,7 @@ def _candidates(
 
 
 def _tokens_above(values: np.ndarray, weights: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """Tokens with Δ ≥ g, from ascending centroids: half of a centroid's own tokens lie on either side of it."""
+    """Tokens with Δ ≥ g, from ascending centroids; half of each lie on either side of it."""
     total = weights.sum(1, dtype=np.float64)
     inclusive = total[:, None] - np.cumsum(weights, axis=1, dtype=np.float64) + weights
     middle = inclusive - weights / 2
@@ -174,7 +177,7 @@ def _mass_above(g: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def _fit(points: _Points, knots: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of the curve with about the smallest ε that `knots` knots allow, channel by channel."""
+    """The bytes of each channel's curve, with about the smallest ε that `knots` knots allow."""
     channels = points.position.shape[0]
     low, high = np.full(channels, np.log(3e-4)), np.full(channels, np.log(20.0))
     steps, falls, _ = _follow(points, np.exp(high), knots)
@@ -189,7 +192,7 @@ def _fit(points: _Points, knots: int) -> tuple[np.ndarray, np.ndarray]:
 def _follow(
     points: _Points, epsilon: np.ndarray, knots: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw straight lines within ±ε of all points, each as far as it goes; all channels side by side.
+    """Draw straight lines within ±ε of all points, each as far as it goes; channels side by side.
 
     Returns:
         The bytes `steps` and `falls` (D, K), and (D,) whether K knots were enough.
@@ -208,7 +211,7 @@ def _follow(
 
 
 class _Walk:
-    """One pass over the points: where each channel's pen is, and which slopes still pass all points since then."""
+    """One pass over the points: each channel's pen, and the slopes that pass all points since."""
 
     def __init__(self, points: _Points, epsilon: np.ndarray, knots: int) -> None:
         self.x = points.position
@@ -263,7 +266,8 @@ class _Walk:
         run = np.minimum(run, np.maximum(_FALLS[-1] / np.maximum(-slope, 1e-30), 1)).astype(
             np.int64
         )
-        # Never beyond the last point that the line passes; the very last position is clipped when decoded.
+        # Never beyond the last point that the line passes; the very last position is clipped when
+        # decoded.
         step = np.where(
             self.pen_x[lanes] + run == self.x[lanes, -1],
             np.searchsorted(_STEPS, run),

@@ -17,18 +17,18 @@ from widefield.errors import WidefieldError
 __all__ = ["REDUCTIONS", "LayerCalibration"]
 
 REDUCTIONS = ("slowest", "mean", "fastest")
-Channels = Float[Tensor, " channels"]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCalibration:
     """The distribution of Δ of each channel of one layer, and how fast its states decay.
 
-    The distribution is stored as U(g), the share of tokens with Δ ≥ g, in knots of two bytes; what is computed
-    here is computed from those, so a calibration gives the same thresholds before and after it is saved. U is
-    within about 1.5 % of the calibrated tokens (half a token at least) wherever up to 1,000 times the training
-    length needs it. Tokens with one and the same Δ are kept or frozen together: where they are many, no threshold
-    meets a budget that falls among them, and the one above them is taken.
+    The distribution is stored as U(g), the share of tokens with Δ ≥ g, in knots of two bytes; what
+    is computed here is computed from those, so a calibration gives the same thresholds before and
+    after it is saved. U is within about 1.5 % of the calibrated tokens (half a token at least)
+    wherever up to 1,000 times the training length needs it. Tokens with one and the same Δ are kept
+    or frozen together: where they are many, no threshold meets a budget that falls among them, and
+    the one above them is taken.
 
     Attributes:
         tokens: how many tokens were calibrated.
@@ -37,15 +37,16 @@ class LayerCalibration:
         steps: knots, code of the distance in log Δ from the one before.
         falls: knots, code of the fall of log U from the one before.
         mean_delta: mean Δ.
-        decay: |A| reduced over the N states: slowest (smallest), mean, fastest (largest). Mamba-2: three equal rows.
+        decay: |A| reduced over the N states: slowest (smallest), mean, fastest (largest). Mamba-2:
+            three equal rows.
     """
 
     tokens: int
-    lowest: Channels
-    highest: Channels
+    lowest: Float[Tensor, " channels"]
+    highest: Float[Tensor, " channels"]
     steps: UInt8[Tensor, "channels knots"]
     falls: UInt8[Tensor, "channels knots"]
-    mean_delta: Channels
+    mean_delta: Float[Tensor, " channels"]
     decay: Float[Tensor, "3 channels"]
 
     @staticmethod
@@ -71,8 +72,8 @@ class LayerCalibration:
             (torch.isfinite(rates) & (rates > 0)).all()
         ):
             raise WidefieldError(
-                f"decay rates A of shape {tuple(A.shape)} for {sketch.channels} channels: expected one negative, "
-                "finite row a channel; check the model's A_log"
+                f"decay rates A of shape {tuple(A.shape)} for {sketch.channels} channels: expected "
+                "one negative, finite row a channel; check the model's A_log"
             )
         lowest, highest, steps, falls = (torch.from_numpy(a) for a in encode(sketch, knots))
         return LayerCalibration(
@@ -90,12 +91,12 @@ class LayerCalibration:
         """D of Mamba-1, heads of Mamba-2."""
         return self.mean_delta.shape[0]
 
-    def decay_rate(self, reduction: str) -> Channels:
+    def decay_rate(self, reduction: str) -> Float[Tensor, " channels"]:
         """|A| by "slowest", "mean" or "fastest" state."""
         return self.decay[REDUCTIONS.index(reduction)]
 
-    def quantile(self, upper_share: float) -> Channels:
-        """Δ that the share `upper_share` of the tokens reaches: 0 gives the largest, 1 the smallest Δ."""
+    def quantile(self, upper_share: float) -> Float[Tensor, " channels"]:
+        """Δ that this share of the tokens reaches: 0 gives the largest, 1 the smallest Δ."""
         if not 0 <= upper_share <= 1:
             raise WidefieldError(f"upper share {upper_share}: expected a number from 0 to 1")
         log_share = np.log(max(upper_share, 1e-300))
@@ -106,15 +107,17 @@ class LayerCalibration:
         beyond = self._curve.log_share[:, -1] > log_share
         return self._bounded(torch.where(beyond, self.highest.double(), value))
 
-    def threshold(self, ratio: float, clamp_share: float | None = None) -> Channels:
-        """g(S) of LongMamba, Eq. 18 with the clamp: the least g that keeps the cumulative decay of training.
+    def threshold(
+        self, ratio: float, clamp_share: float | None = None
+    ) -> Float[Tensor, " channels"]:
+        """g(S) of LongMamba, Eq. 18 with the clamp: the cumulative decay stays that of training.
 
         The least g with ratio · E[min(Δ, q) · 1(Δ ≥ g)] ≤ E[min(Δ, q)], and g ≤ q.
 
         Args:
             ratio: S / L0; at 1 and below nothing has to be filtered and g is 0.
-            clamp_share: C; q is the quantile that the share C of the tokens reaches, so at least that share is
-                always kept. None for no clamp.
+            clamp_share: C; q is the quantile that the share C of the tokens reaches, so at least
+                that share is always kept. None for no clamp.
 
         Returns:
             (D,) float32: tokens with Δ below it are to be frozen.
@@ -130,24 +133,24 @@ class LayerCalibration:
             )
         if ratio <= 1:
             return torch.zeros(self.channels)
+        q = torch.full_like(self.highest, torch.inf)
         above_q = torch.zeros(self.channels, dtype=torch.float64)
         if clamp_share is not None:
             q = self.quantile(clamp_share)
             above_q = self._area_above(q)
         mass = self._curve.mass
         target = above_q + (mass[:, 0].double() - above_q) / ratio
-        g = self._where_mass_is(target)
-        g = g if clamp_share is None else torch.minimum(g, q)
+        g = torch.minimum(self._where_mass_is(target), q)
         return torch.where(self.mean_delta > 0, g, 0.0)
 
-    def kept_mass(self, g: Channels) -> Channels:
+    def kept_mass(self, g: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
         """E[Δ · 1(Δ ≥ g)] by the stored distribution; for g = 0 about the mean Δ."""
         value = g.double()
         kept = value * self.kept_share(g).double() + self._area_above(g)
         whole = self._curve.mass[:, 0].double()
         return torch.where(value <= self.lowest.double(), whole, kept).float()
 
-    def kept_share(self, g: Channels) -> Channels:
+    def kept_share(self, g: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
         """The share of tokens with Δ ≥ g by the stored distribution."""
         left = self._last_knot(self._curve.value <= g[:, None])
         edge = self._curve.edges(left)
@@ -159,11 +162,11 @@ class LayerCalibration:
     def _curve(self) -> _Curve:
         return _Curve.of(self)
 
-    def _bounded(self, value: Tensor) -> Channels:
+    def _bounded(self, value: Tensor) -> Float[Tensor, " channels"]:
         return torch.minimum(torch.maximum(value.float(), self.lowest), self.highest)
 
     def _last_knot(self, holds: Tensor) -> Int[Tensor, " channels"]:
-        """Of a property that holds up to some knot: the last knot where it does, the end of a line excluded."""
+        """Of a property that holds up to some knot: the last such knot that begins a line."""
         return (holds.sum(1) - 1).clamp(0, self._curve.value.shape[1] - 2)
 
     def _area_above(self, g: Tensor) -> Tensor:
@@ -175,19 +178,21 @@ class LayerCalibration:
         below = (self.lowest.double() - g.double()).clamp_min(0)
         return edge.area2 + part + below
 
-    def _where_mass_is(self, target: Tensor) -> Channels:
+    def _where_mass_is(self, target: Tensor) -> Float[Tensor, " channels"]:
         """The least g that keeps no more than `target`, exact on the stored curve."""
         mass = self._curve.mass
         left = self._last_knot(mass > target[:, None])
         edge = self._curve.edges(left)
-        # On a line U ∝ g^-s, so with P = g · U the mass above g is (P2 - P) · s / (1 - s) more than that above g2.
+        # On a line U ∝ g^-s, so with P = g · U the mass above g is (P2 - P) · s / (1 - s) more than
+        # that above g2.
         run = (edge.x2 - edge.x1).clamp_min(1e-30)
         s = ((edge.y1 - edge.y2) / run).clamp_min(1e-12)
         t = 1 - s
         z = (target - edge.mass2) / (s * torch.exp(edge.x2 + edge.y2))
         shift = torch.where(t.abs() < 1e-9, -z, torch.log1p((-z * t).clamp_min(-1 + 1e-15)) / t)
         x = torch.minimum(torch.maximum(edge.x2 + shift, edge.x1), edge.x2)
-        # Within one step of the grid the tokens count as tied: above them, so that the budget holds.
+        # Within one step of the grid the tokens count as tied: above them, so that the budget
+        # holds.
         x = torch.where(edge.neighbours, edge.x2, x)
         g = self._bounded(torch.exp(x))
         g = torch.where(edge.neighbours, edge.value2, g)
@@ -198,7 +203,7 @@ class LayerCalibration:
 
 @dataclass(frozen=True, slots=True)
 class _Edges:
-    """One line of U a channel, from knot 1 to knot 2; x = log g, y = log U. (D,) float64 where not said."""
+    """One line of U a channel, from knot 1 to knot 2; x = log g, y = log U; (D,), float64."""
 
     x1: Tensor
     y1: Tensor
@@ -210,7 +215,7 @@ class _Edges:
     neighbours: Tensor
 
     def log_share_at(self, g: Tensor) -> Tensor:
-        """log U at g, held at the ends of the line."""
+        """Log of U at g, held at the ends of the line."""
         run = self.x2 - self.x1
         part = (torch.log(g.clamp_min(1e-300)) - self.x1) / run.clamp_min(1e-30)
         part = torch.where(run > 0, part.clamp(0, 1), 1.0)

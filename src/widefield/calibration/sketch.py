@@ -16,12 +16,12 @@ _CHUNK = 4096
 
 
 class DeltaSketch:
-    """The distribution of Δ of each channel, in memory that does not depend on the number of tokens.
+    """The distribution of Δ of each channel, in memory that the number of tokens does not change.
 
-    A merging digest: values are kept as weighted centroids. A centroid that lies at upper rank r (r tokens are
-    larger) holds at most about r · ε tokens, so the share of tokens above any value is known to about ε, however
-    small that share is, and the largest tokens stay single. As the tokens above a value have at least that
-    value, their mass ΣΔ is known as well as their number.
+    A merging digest: values are kept as weighted centroids. A centroid that lies at upper rank r (r
+    tokens are larger) holds at most about r · ε tokens, so the share of tokens above any value is
+    known to about ε, however small that share is, and the largest tokens stay single. As the tokens
+    above a value have at least that value, their mass ΣΔ is known as well as their number.
 
     Attributes:
         channels: D.
@@ -37,7 +37,8 @@ class DeltaSketch:
         Args:
             channels: D.
             layer: index of the layer, named in errors.
-            capacity: centroids of a channel; ε is about ln(tokens) / capacity. 8 · D · capacity bytes.
+            capacity: centroids of a channel; ε is about ln(tokens) / capacity. 8 · D · capacity
+                bytes.
         """
         if channels < 1 or capacity < 64:
             raise WidefieldError(
@@ -85,7 +86,7 @@ class DeltaSketch:
         self._merge(other.values, other.weights, other.tokens)
 
     def compressed(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """`values` and `weights` in at most `capacity` centroids; the sketch itself stays as it is."""
+        """`values` and `weights` in at most `capacity` centroids; the sketch stays as it is."""
         if self.values.shape[1] <= capacity:
             return self.values, self.weights
         return _cluster(self.values, self.weights, self.tokens, capacity)
@@ -99,8 +100,8 @@ class DeltaSketch:
         value = values[channel, token]
         if not np.isfinite(value):
             raise WidefieldError(
-                f"non-finite Δ{where}: {value} in channel {channel}; check the model's weights and its dtype "
-                "(float32 is safest)"
+                f"non-finite Δ{where}: {value} in channel {channel}; check the model's weights and "
+                "its dtype (float32 is safest)"
             )
         raise WidefieldError(
             f"negative Δ{where}: {value} in channel {channel}; expected Δ after bias and softplus, "
@@ -122,7 +123,7 @@ class DeltaSketch:
 def _cluster(
     values: np.ndarray, weights: np.ndarray, tokens: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Descending weighted values (D, n) gathered into (D, capacity) centroids, geometric in upper rank."""
+    """Descending values (D, n) gathered into (D, capacity) centroids, geometric in upper rank."""
     channels = values.shape[0]
     middle = np.cumsum(weights, axis=1, dtype=np.float64) - weights / 2
     cluster = _cluster_of_rank(middle, tokens, capacity)
@@ -131,14 +132,15 @@ def _cluster(
     count = np.bincount(cell, weights.ravel(), channels * capacity).reshape(size)
     mass = np.bincount(cell, (weights * values.astype(np.float64)).ravel(), channels * capacity)
     mean = mass.reshape(size) / np.maximum(count, 1)
-    # An unused place repeats its larger neighbour, so that the row stays sorted. Place 0 is always used.
+    # An unused place repeats its larger neighbour, so that the row stays sorted. Place 0 is always
+    # used.
     filled = np.maximum.accumulate(np.where(count > 0, np.arange(capacity), 0), axis=1)
     mean = np.take_along_axis(mean, filled, 1)
     return mean.astype(np.float32), count.astype(np.float32)
 
 
 def _cluster_of_rank(rank: np.ndarray, tokens: int, capacity: int) -> np.ndarray:
-    """Cluster number of an upper rank: one for each of the first 1/ε ranks, then 1/ε for each factor e."""
+    """Cluster of an upper rank: one for each of the first 1/ε ranks, then 1/ε for each factor e."""
     if tokens <= capacity:
         return rank.astype(np.int64)
     epsilon = _resolution(tokens, capacity)

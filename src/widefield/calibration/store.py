@@ -65,14 +65,14 @@ class Calibration:
         """
         if index not in self.layers:
             raise WidefieldError(
-                f"layer {index} is not in this calibration of {self.model_class} {self.fingerprint}: "
-                f"it has layers {', '.join(map(str, sorted(self.layers)))}"
+                f"layer {index} is not in this calibration of {self.model_class} "
+                f"{self.fingerprint}: it has layers {', '.join(map(str, sorted(self.layers)))}"
             )
         return self.layers[index]
 
     @cached_property
     def identity(self) -> str:
-        """16 hex digits of the content, the same before and after saving; for the headers of results."""
+        """16 hex digits of the content, the same before and after saving; for results' headers."""
         return _digest(self._header(), self._tensors())
 
     def check(self, layout: ModelLayout, train_length: int | None = None) -> None:
@@ -89,8 +89,8 @@ class Calibration:
         theirs = f"{layout.model_class} {layout.fingerprint}"
         if self.fingerprint != layout.fingerprint:
             raise WidefieldError(
-                f"this calibration belongs to {ours}, the model is {theirs}: run wf.calibrate on this model, "
-                "or load the model that was calibrated"
+                f"this calibration belongs to {ours}, the model is {theirs}: run wf.calibrate on "
+                "this model, or load the model that was calibrated"
             )
         missing = sorted(set(layout.layers) - set(self.layers))
         if missing:
@@ -100,8 +100,8 @@ class Calibration:
         for index, channels in zip(layout.layers, layout.channels, strict=True):
             if self.layers[index].channels != channels:
                 raise WidefieldError(
-                    f"this calibration of {ours} has {self.layers[index].channels} channels in layer {index}, "
-                    f"the model has {channels}: {_AGAIN}"
+                    f"this calibration of {ours} has {self.layers[index].channels} channels in "
+                    f"layer {index}, the model has {channels}: {_AGAIN}"
                 )
         if train_length is not None and train_length != self.train_length:
             raise WidefieldError(
@@ -131,7 +131,8 @@ class Calibration:
         """Read what `save` wrote, and check that it is whole.
 
         Raises:
-            WidefieldError: if there is no such file, or it is truncated, changed, or something else.
+            WidefieldError: if there is no such file, or it is truncated, changed, or something
+                else.
         """
         path = Path(path)
         if not path.is_file():
@@ -145,11 +146,13 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise WidefieldError(
-                f"{path} is damaged or no safetensors file ({_first_line(error)}): {_AGAIN}, or copy it again"
+                f"{path} is damaged or no safetensors file ({_first_line(error)}): {_AGAIN}, "
+                "or copy it again"
             ) from None
         if text is None:
             raise WidefieldError(
-                f"{path} is a safetensors file, but not a calibration: give one that wf.calibrate wrote"
+                f"{path} is a safetensors file, but not a calibration: "
+                "give one that wf.calibrate wrote"
             )
         return _from_file(path, text, tensors)
 
@@ -176,19 +179,20 @@ class Calibration:
 def _from_file(path: Path, text: str, tensors: dict[str, Tensor]) -> Calibration:
     try:
         header = json.loads(text)
-        version = header.pop("format")
-        identity = header.pop("identity")
-        if version == _FORMAT:
-            layers = {int(i): _layer(tensors, i, n) for i, n in header["layers"].items()}
-            calibration = Calibration(**{**header, "layers": layers})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error if isinstance(error, WidefieldError) else type(error).__name__
-        raise WidefieldError(f"{path} is not a whole calibration ({reason}): {_AGAIN}") from None
+        version, identity = header.pop("format"), header.pop("identity")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WidefieldError(f"{path} is not a whole calibration (its header): {_AGAIN}") from None
     if version != _FORMAT:
         raise WidefieldError(
             f"{path} has calibration format {version}, this version of widefield reads {_FORMAT}: "
             f"update widefield, or {_AGAIN}"
         )
+    try:
+        layers = {int(i): _layer(tensors, i, n) for i, n in header.pop("layers").items()}
+        calibration = Calibration(layers=layers, **header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, WidefieldError) else type(error).__name__
+        raise WidefieldError(f"{path} is not a whole calibration ({reason}): {_AGAIN}") from None
     if calibration.identity != identity:
         raise WidefieldError(f"{path} was changed after it was written: {_AGAIN}, or copy it again")
     return calibration

@@ -21,7 +21,7 @@ class Method(Protocol):
     name: ClassVar[str]
 
     def validate(self, layout: ModelLayout) -> None:
-        """Raise `WidefieldError` if the method cannot act on this model, saying why and what to do."""
+        """Raise `WidefieldError` if the method cannot act on this model: why, and what to do."""
         ...
 
     def plan(self, layer: int, lengths: Sequence[int]) -> LayerPlan:
@@ -29,8 +29,8 @@ class Method(Protocol):
 
         Args:
             layer: the model's own index of the layer.
-            lengths: context length S of this prefill in tokens, what the cache already holds included:
-                one number for all rows, or one for each row of the batch.
+            lengths: context length S of this prefill in tokens, what the cache already holds
+                included: one number for all rows, or one for each row of the batch.
 
         Returns:
             A plan whose tensors are on the CPU: (D,) for one length, (rows, D) for several.
