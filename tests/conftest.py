@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import shapes
+
 
 class KernelsUnchecked(importlib.abc.MetaPathFinder):
     """Keeps the checks away from kernel modules: numba and Triton compile the bare function."""
@@ -31,8 +33,7 @@ class KernelsUnchecked(importlib.abc.MetaPathFinder):
         return None
 
 
-# In tests every function's shapes and dtypes are checked against its signature, on every call.
-jaxtyping.install_import_hook("widefield", "beartype.beartype")
+jaxtyping.install_import_hook("widefield", f"{shapes.__name__}.check")
 sys.meta_path.insert(0, KernelsUnchecked())
 
 # Examples are the same on every machine and every run; compiling a kernel may take its time.
