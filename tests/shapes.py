@@ -1,7 +1,7 @@
 """Shape and dtype checks of every jaxtyping signature, on every call the tests make.
 
-Only arrays are checked: what else an argument may be is pyright's business, and bad input from users must reach the
-code that answers it with a WidefieldError.
+Only arrays are checked: what else an argument may be is pyright's business, and bad input from
+users must reach the code that answers it with a WidefieldError.
 """
 
 from __future__ import annotations
