@@ -53,8 +53,9 @@ def test_the_python_of_the_pages_runs(
         pytest.skip("the bundled checkpoint is not here")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__documentation__"}
-    for page, block in [(page, code) for page in pages for code in blocks(ROOT / page, "python")]:
+    code = [block for page in pages for block in blocks(ROOT / page, "python")]
+    for block in code:
         for long, short in SHORTER.items():
             block = block.replace(long, short)
         if "mamba-130m" not in block:  # from the hub
-            exec(compile(block, page, "exec"), names)
+            exec(block, names)
