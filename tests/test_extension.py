@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM, MambaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaForCausalLM,
+)
 
 import widefield as wf
 from tests.models import tiny_mamba
@@ -53,9 +59,7 @@ class TestLongMamba:
         plain = logits(extend(model), ids)
         assert torch.equal(logits(extend(model, longmamba(calibration)), ids), plain)
 
-    def test_beyond_it_it_acts(
-        self, model: MambaForCausalLM, calibration: wf.Calibration
-    ) -> None:
+    def test_beyond_it_it_acts(self, model: MambaForCausalLM, calibration: wf.Calibration) -> None:
         ids = random_ids(2, 20 * TRAINED_AT)
         plain = logits(extend(model), ids)
         assert not torch.equal(logits(extend(model, longmamba(calibration)), ids), plain)
@@ -290,9 +294,7 @@ class TestRefusals:
         with pytest.raises(WidefieldError):
             extend(model, TestDeciMamba.method, TestDeciMamba.method)
 
-    def test_a_calibration_of_another_model_is_refused(
-        self, calibration: wf.Calibration
-    ) -> None:
+    def test_a_calibration_of_another_model_is_refused(self, calibration: wf.Calibration) -> None:
         other = tiny_mamba(seed=5)
         with pytest.raises(WidefieldError, match=calibration.fingerprint):
             extend(other, longmamba(calibration))

@@ -31,8 +31,14 @@ def model(request: pytest.FixtureRequest) -> MambaForCausalLM:
     torch.manual_seed(0)
     model = kind(
         config(
-            vocab_size=384, hidden_size=32, num_hidden_layers=3, state_size=8,
-            pad_token_id=0, bos_token_id=0, eos_token_id=1, **options,
+            vocab_size=384,
+            hidden_size=32,
+            num_hidden_layers=3,
+            state_size=8,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=1,
+            **options,
         )  # fmt: skip
     ).eval()
     for parameter in model.parameters():

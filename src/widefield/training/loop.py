@@ -150,12 +150,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             recent.append((text_loss.detach(), answer_loss.detach(), batch.ids.size))
-            if run.step % 10 == 9 or run.step < _WARM_STEPS:
+            note = run.step % 10 == 9 or run.step < _WARM_STEPS
+            if note:
                 run.note(recent)
                 recent.clear()
-                if report:
-                    report(run.progress())
             run.advance(time.monotonic() - began)
+            if note and report:
+                report(run.progress())
             if time.monotonic() - saved > save_every:
                 run.save()
                 saved = time.monotonic()
@@ -252,7 +253,8 @@ class _Run:
 
     def next_batch(self) -> Batch:
         """The batch after the last one made; each has its own random source, so a resumed run goes on alike."""
-        stage = self.recipe.stage(self.share)
+        steps = self.recipe.steps
+        stage = self.recipe.stage(self.share if steps is None else self._made / steps)
         rng = np.random.default_rng([self.recipe.seed, self._made])
         self._made += 1
         return make_batch(
