@@ -96,15 +96,15 @@ def _advance(
             delta = load(steps + (block * tokens + t * WIDTH) * BYTES)
             token = load_some(x + (t * x_stride + block) * BYTES, count)
             written = delta * token
-            total = full(0.0)
+            a = b = c = d = full(0.0)  # four partial sums in turn: fewer roundings in a row
             for n in range(size):
                 at = n * _REGISTER
                 decay = exp_product(delta, load(rate + 2 * at), load(rate + 2 * at + _REGISTER))
                 new = written * load_one(B + (t * B_stride + n) * BYTES)
                 new = fma(decay, load(h + at), new)
                 store(h + at, new)
-                total = fma(new, load_one(C + (t * C_stride + n) * BYTES), total)
-            total = fma(D, token, total)
+                a, b, c, d = b, c, d, fma(new, load_one(C + (t * C_stride + n) * BYTES), a)
+            total = fma(D, token, (a + c) + (b + d))
             if z != 0:
                 gate = z + (t * z_stride + block) * BYTES
                 prefetch(gate + AHEAD * z_stride * BYTES)
@@ -145,6 +145,10 @@ class _Chunk:
         """This chunk of a (B, L, D) tensor."""
         tokens = slice(self.start, self.start + self.tokens)
         return tensor[self.row, tokens, self.first : self.first + self.channels]
+
+    def of_row(self, values: Tensor) -> Tensor:
+        """This row's and strip's channels of (1 or B, D) values."""
+        return values[self.row if len(values) > 1 else 0, self.first : self.first + self.channels]
 
     def address(self, tensor: Tensor, first: int | None = None) -> tuple[int, int]:
         """Where this chunk of a float32 (B, L, D) tensor begins, and the stride of its tokens."""
@@ -260,30 +264,28 @@ class _Scan:
         """Which Δ of a chunk the reference finds below their floor."""
         floor = self.plan.delta_floor
         assert floor is not None
-        floor = _rows(floor)
-        strip = slice(at.first, at.first + at.channels)
-        return self._torch_delta(at) < floor[at.row if len(floor) > 1 else 0, strip]
+        return self._torch_delta(at) < at.of_row(_rows(floor))
 
     def _torch_delta(self, at: _Chunk) -> Float[Tensor, "tokens channels"]:
         """The reference's Δ before the floor.
 
-        torch's own result depends in the last place on where in a tensor an element lies, so a
-        small tensor is computed whole.
+        torch's own result for the last few items of a tensor may differ in the last place, so a
+        small tensor is computed whole, and a piece of a large one is never the end of its tensor.
         """
-        inputs, scale = self.inputs.replace(valid=None), self.plan.delta_scale
+        inputs, scale = self.inputs, self.plan.delta_scale
         if inputs.delta.numel() <= _SMALL:
             if self.torch_delta is None:
-                self.torch_delta = effective_delta(inputs, LayerPlan(delta_scale=scale))
+                unmasked = inputs.replace(valid=None)
+                self.torch_delta = effective_delta(unmasked, LayerPlan(delta_scale=scale))
             return at.part(self.torch_delta)
         strip = slice(at.first, at.first + at.channels)
-        bias = inputs.delta_bias
-        piece = inputs.replace(
-            delta=at.part(inputs.delta)[None], delta_bias=None if bias is None else bias[strip]
-        )
-        if scale is not None:
-            rows = _rows(scale)
-            scale = rows[at.row if len(rows) > 1 else 0, strip]
-        return effective_delta(piece, LayerPlan(delta_scale=scale))[0]
+        delta = at.part(inputs.delta).float()
+        if inputs.delta_bias is not None:
+            delta = delta + inputs.delta_bias[strip].float()
+        if inputs.delta_softplus:
+            shape, more = delta.shape, -delta.numel() % 64
+            delta = F.softplus(F.pad(delta.flatten(), (0, more)))[: shape.numel()].view(shape)
+        return delta if scale is None else delta * at.of_row(_rows(scale))
 
 
 def _rows(values: Tensor) -> Float[Tensor, "rows channels"]:

@@ -1,0 +1,88 @@
+"""Scan inputs for the tests of the ops: ordinary ones, and Δ as unkind as it gets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widefield.ops.selective_scan import reference
+from widefield.plan import LayerPlan, ScanInputs
+
+DELTAS = ("random", "tiny", "huge", "absurd", "zero", "heavy tails", "constant")
+
+
+def raw_delta(kind: str, *shape: int) -> Tensor:
+    """Δ before its softplus."""
+    noise = torch.randn(*shape)
+    if kind == "random":
+        return noise * 2 - 3
+    if kind == "tiny":
+        return noise - 46  # Δ near 1e-20
+    if kind == "huge":
+        return 1e4 * (1 + noise.abs())
+    if kind == "absurd":
+        return torch.full(shape, 1e30)
+    if kind == "zero":
+        return torch.full(shape, -1e3)
+    if kind == "heavy tails":
+        return torch.exp(3 * noise) - 8
+    if kind == "constant":
+        return (torch.randn(shape[-1]) - 3).expand(*shape).contiguous()
+    raise AssertionError(kind)
+
+
+def scan_inputs(
+    batch: int = 2,
+    length: int = 50,
+    channels: int = 40,
+    state: int = 16,
+    *,
+    delta: str = "random",
+    dtype: torch.dtype = torch.float32,
+) -> ScanInputs:
+    """Inputs of one scan as a model makes them: views into the outputs of wider projections."""
+    x, z = torch.randn(batch, length, 2 * channels).to(dtype).chunk(2, dim=-1)
+    _, B, C = torch.randn(batch, length, 5 + 2 * state).to(dtype).split([5, state, state], dim=-1)
+    return ScanInputs(
+        x=x,
+        z=z,
+        delta=raw_delta(delta, batch, length, channels).to(dtype),
+        A=-torch.exp(2 * torch.rand(channels, state) + torch.arange(state).log1p()) / 4,
+        B=B,
+        C=C,
+        D=torch.randn(channels),
+        delta_bias=0.1 * torch.randn(channels),
+        initial_state=torch.randn(batch, channels, state),
+    )
+
+
+def in_float64(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[ScanInputs, LayerPlan | None]:
+    """The same scan in float64, with Δ made in float64 but frozen where float32 freezes it.
+
+    On which side of its floor a Δ falls is decided in float32; error is what is left after that.
+    """
+    wide = {
+        field.name: value.double()
+        for field in dataclasses.fields(inputs)
+        if isinstance(value := getattr(inputs, field.name), Tensor) and value.is_floating_point()
+    }
+    exact = inputs.replace(**wide)
+    if plan is None:
+        return exact, None
+    frozen = reference.effective_delta(inputs, plan) == 0
+    delta = reference.effective_delta(exact, LayerPlan(delta_scale=plan.delta_scale))
+    exact = exact.replace(
+        delta=delta.masked_fill(frozen, 0.0), delta_bias=None, delta_softplus=False
+    )
+    return exact, LayerPlan(decay_scale=plan.decay_scale)
+
+
+def condition(exact: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
+    """How large y and state would be without cancellation: what rounding errors are relative to."""
+    names = ("x", "B", "C", "D", "initial_state")
+    sizes = {n: v.abs() for n in names if (v := getattr(exact, n)) is not None}
+    y, state = reference.selective_scan(exact.replace(**sizes, z=None), plan)
+    return y if exact.z is None else y * F.silu(exact.z).abs(), state

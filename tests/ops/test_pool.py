@@ -1,0 +1,81 @@
+"""Token scores of the CPU against float64, and what is kept by them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from widefield import ops
+from widefield.errors import WidefieldError
+from widefield.ops.pool import cpu, reference
+from widefield.plan import Pool
+
+POOLS = {
+    "norm": Pool(keep=9),
+    "clamped": Pool(keep=9, clamp=torch.rand(40)),
+    "weighted": Pool(keep=9, weight=torch.rand(40)),
+    "both": Pool(keep=9, clamp=torch.rand(40), weight=torch.rand(40)),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_score_is_as_accurate_as_the_references(
+    pool: Pool, dtype: torch.dtype, softplus: bool
+) -> None:
+    inputs = scan_inputs(2, 300, 40, dtype=dtype)
+    if not softplus:
+        inputs = inputs.replace(delta=inputs.delta.abs(), delta_softplus=False)
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    valid[1, :50] = False
+    inputs = inputs.replace(valid=valid)
+    exact = reference.token_score(in_float64(inputs, None)[0], pool)
+    ours, theirs = cpu.token_score(inputs, pool), reference.token_score(inputs, pool)
+    assert ours.dtype == torch.float32
+    allowed = (theirs - exact).abs().max().item()
+    assert (ours - exact).abs().max() <= max(2 * allowed, 1e-7 * exact.max().item())
+    assert (ours[1, :50] == 0).all()
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+def test_unkind_delta_scores_like_float64(delta: str) -> None:
+    inputs = scan_inputs(2, 60, 40, delta=delta)
+    exact = reference.token_score(in_float64(inputs, None)[0], POOLS["norm"])
+    torch.testing.assert_close(
+        cpu.token_score(inputs, POOLS["norm"]).double(), exact, rtol=5e-6, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_has_a_score_that_is_not_finite(value: float) -> None:
+    inputs = scan_inputs(1, 20, 40)
+    inputs.delta[0, 7, 3] = value
+    score = cpu.token_score(inputs, Pool(keep=9))
+    assert (~score.isfinite()).nonzero().tolist() == [[0, 7]]
+    with pytest.raises(WidefieldError, match="non-finite Δ"):
+        ops.pool_tokens(inputs, Pool(keep=9))
+
+
+def test_equal_tokens_score_equally_wherever_they_stand() -> None:
+    inputs = scan_inputs(1, 700, 37)
+    delta = inputs.delta[:, :1].expand(-1, 700, -1).contiguous()
+    score = cpu.token_score(inputs.replace(delta=delta), Pool(keep=9))
+    assert (score == score[0, 0]).all()
+
+
+def test_the_best_tokens_are_kept_in_order_with_all_that_belongs_to_them() -> None:
+    inputs = scan_inputs(2, 200, 40)
+    kept, rows = ops.pool_tokens(inputs, Pool(keep=30, protect=5))
+    with ops.use_backend("reference"):
+        _, expected = ops.pool_tokens(inputs, Pool(keep=30, protect=5))
+    assert torch.equal(rows.index, expected.index)
+    assert (rows.index.diff(dim=1) > 0).all()
+    assert rows.index[:, -5:].tolist() == [list(range(195, 200))] * 2
+    for name in ("x", "z", "delta", "B", "C"):
+        whole = getattr(inputs, name)
+        for row in range(2):
+            assert torch.equal(getattr(kept, name)[row], whole[row, rows.index[row]])
