@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ from tests.models import tiny_mamba
 from widefield.calibrate import calibrate
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
-from widefield.evaluation import search
+from widefield.evaluation import bench, search
+from widefield.evaluation.plots import frontier, tuned_points
 from widefield.evaluation.results import Cell
 from widefield.evaluation.tune import Candidates, TuneResult, TuneRow, tune
 
 TEXT = "".join(f"Sentence {i} says nothing that matters much. " for i in range(100))
 TWO_BY_TWO = Candidates(
-    clamp_shares=(0.05, 0.01), decay_thresholds=(1e-30, 1e-17), reductions=("fastest", "mean")
+    clamp_shares=(0.05, 0.01),
+    decay_thresholds=(1e-30, 1e-17),
+    reductions=("fastest", "mean"),
+    exhaustive=True,
 )
 Costs = Callable[[Any], float]
 
@@ -41,7 +46,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Costs], None]:
             rise = cost(subject.methods[0]) if subject.methods else 0.0
             return Cell("bits", "tune", length, None, 1, None, 0.1, bits=2.0 * (1 + rise))
 
-        monkeypatch.setattr(search, "measure_bits", measure)
+        monkeypatch.setattr(bench, "measure_bits", measure)
 
     return fix
 
@@ -109,8 +114,9 @@ def test_a_setting_that_costs_far_too_much_is_not_asked(
 ) -> None:
     costs(lambda method: 0.5 if method.decay_threshold == 1e-30 else 0.01)
     result = search_with(calibration)
-    shares = [row.share for row in result.table if row.stage == "clamp and threshold"]
-    assert shares[:2] == [None, None] and None not in shares[2:]
+    measured = [row for row in result.table if row.stage == "clamp and threshold"]
+    dear = [row for row in measured if row.options["decay_threshold"] == 1e-30]
+    assert len(dear) == 2 and all((row.share is None) == (row in dear) for row in measured)
     assert result.best.decay_threshold == 1e-17
 
 
@@ -129,6 +135,51 @@ def test_if_nothing_stays_within_the_limit_the_cheapest_is_given_and_said(
     result = search_with(calibration)
     assert not result.within_limit and result.row.cost == 0.8
     assert any("no setting stays within 3.0%" in note for note in result.notes)
+
+
+THREE_BY_THREE = Candidates((0.05, 0.02, 0.01), (1e-13, 1e-17, 1e-22), ("fastest",), layers=False)
+
+
+def pairs_of(result: TuneResult) -> list[tuple[float, float]]:
+    rows = [row for row in result.table if row.stage == "clamp and threshold"]
+    return [(row.options["clamp_share"], row.options["decay_threshold"]) for row in rows]
+
+
+def test_the_axes_are_searched_in_turn_until_the_best_pair_stays(
+    calibration: Calibration, costs: Callable[[Costs], None]
+) -> None:
+    rises = {1e-13: 0.02, 1e-17: 0.01, 1e-22: 0.04}
+    costs(lambda method: rises[method.decay_threshold])
+    result = search_with(calibration, candidates=THREE_BY_THREE)
+    assert pairs_of(result) == [
+        (0.05, 1e-13), (0.02, 1e-13), (0.01, 1e-13), (0.01, 1e-17), (0.01, 1e-22),
+        (0.05, 1e-17), (0.02, 1e-17),
+    ]  # fmt: skip
+    assert (result.best.clamp_share, result.best.decay_threshold) == (0.01, 1e-17)
+
+
+def test_if_the_axes_find_no_key_every_pair_is_tried(
+    calibration: Calibration, costs: Callable[[Costs], None]
+) -> None:
+    costs(lambda _: 0.01)
+
+    def rule(length: int, model: Any) -> bool:
+        return usual_rule(length, model) and model.widefield.methods[0].decay_threshold < 1e-20
+
+    result = search_with(calibration, rule, candidates=THREE_BY_THREE)
+    assert len(pairs_of(result)) == len(set(pairs_of(result))) == 9
+    assert (result.best.clamp_share, result.best.decay_threshold) == (0.01, 1e-22)
+
+
+def test_the_table_makes_a_picture(
+    calibration: Calibration, costs: Callable[[Costs], None], tmp_path: Path
+) -> None:
+    costs(usual_cost)
+    result = search_with(calibration)
+    points = tuned_points(result)
+    assert [point.label for point in points if point.chosen] == ["1e-17, layers 1"]
+    assert {point.group for point in points} == {"unmodified", "C = 1.0%", "C = 5.0%"}
+    assert frontier(points, tmp_path / "frontier.png", limit=0.03).exists()
 
 
 def test_a_setting_that_led_by_luck_falls_back_when_confirmed(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,7 +21,10 @@ from widefield.errors import WidefieldError
 from widefield.evaluation.grid import length_label
 from widefield.evaluation.results import Cell, Results, write_atomically
 
-__all__ = ["Point", "display_name", "frontier", "heatmaps", "lines"]
+if TYPE_CHECKING:
+    from widefield.evaluation.tune import TuneResult, TuneRow
+
+__all__ = ["Point", "display_name", "frontier", "heatmaps", "lines", "tuned_points"]
 
 _DPI = 150
 _INK, _MUTED, _GRID, _MARK = "#1f2933", "#5f6b76", "#d9dee3", "#c2185b"
@@ -294,6 +300,25 @@ def lines(
     _legend(axes)
     _headings(figure, title or "Passkey retrieval by length", _subtitle(results, cells), 0.8)
     return _write(figure, path)
+
+
+def tuned_points(result: TuneResult) -> list[Point]:
+    """The settings that `tune` asked, for `frontier`, labelled by Th and grouped by C."""
+    last = {json.dumps(row.options): row for row in result.table if row.share is not None}
+    return [_tuned_point(row, chosen=row is result.row) for row in last.values()]
+
+
+def _tuned_point(row: TuneRow, chosen: bool) -> Point:
+    options = row.options
+    if not options:
+        return Point("unmodified", row.share or 0.0, row.cost, "unmodified", chosen)
+    layers = options["layers"]
+    fewer = "" if layers == "all" else f", layers {' '.join(map(str, layers))}"
+    clamp = options["clamp_share"]
+    group = f"C = {clamp:.1%}" if isinstance(clamp, float) else f"C: {clamp or 'no clamp'}"
+    exponent = math.log10(options["decay_threshold"])
+    reduction = "" if options["reduction"] == "fastest" else f", {options['reduction']}"
+    return Point(f"1e{exponent:.0f}{reduction}{fewer}", row.share or 0.0, row.cost, group, chosen)
 
 
 def frontier(

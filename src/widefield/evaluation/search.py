@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
-from widefield.evaluation.batches import Budget, Stopwatch, run_batches
+from widefield.evaluation.bench import Bench
 from widefield.evaluation.grid import UNMODIFIED
-from widefield.evaluation.header import Subject
-from widefield.evaluation.runner import ask, measure_bits
-from widefield.extension import extended
 from widefield.methods import LongMamba
-from widefield.plan import ModelLayout
-from widefield.tasks.passkey import PasskeyTask, trial_rng
-from widefield.tasks.perplexity import Windows
 
-__all__ = ["Bench", "Candidates", "Measured", "Progress", "Search", "TuneRow"]
+__all__ = ["Candidates", "Measured", "Progress", "Search", "TuneRow"]
 
 _SLACK = 2.5
 """A setting may cost this many times the limit and be asked: fewer layers may make it cheap."""
@@ -31,21 +24,28 @@ _RACE = 0.21
 """A setting this far behind the best after the first round of depths is not asked further."""
 
 
+Share = float | Literal["follow"] | None
+Pair = tuple[Share, float]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """What is tried, in this order: an early stop has then tried the likeliest first.
 
     Attributes:
-        clamp_shares: C, also None or "follow"; each with every threshold.
+        clamp_shares: C, also None or "follow".
         decay_thresholds: Th.
         reductions: tried at the best C and Th; the first one is the one these are found with.
         layers: whether to try leaving out layers, one after the other.
+        exhaustive: every clamp share with every threshold, for a whole picture; else the shares at
+            one threshold, the thresholds at the best share, and so on until the best pair stays.
     """
 
-    clamp_shares: tuple[float | Literal["follow"] | None, ...] = (0.01, 0.02, 0.05, 0.005)
+    clamp_shares: tuple[Share, ...] = (0.01, 0.02, 0.05, 0.005)
     decay_thresholds: tuple[float, ...] = (1e-17, 1e-22, 1e-13, 1e-30, 1e-9)
     reductions: tuple[str, ...] = ("fastest", "mean", "slowest")
     layers: bool = True
+    exhaustive: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a search without a first setting."""
@@ -81,55 +81,6 @@ class TuneRow:
 
 Progress = Callable[[TuneRow, int, int], None]
 Measured = tuple[LongMamba, TuneRow]
-
-
-@dataclass
-class Bench:
-    """Measures one setting: its cost on texts, and which keys it retrieves."""
-
-    model: Any
-    task: PasskeyTask
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    windows: Windows
-    last: int
-    seed: int
-    tokens: int
-    layout: ModelLayout
-
-    def bits(self, methods: tuple[LongMamba, ...]) -> dict[int, float]:
-        """Bits per byte at every length."""
-        subject = Subject("tune", self.model, self.task.tokenizer, methods)
-        cells = {
-            length: measure_bits(subject, self.windows, length, self.last, self.tokens).bits
-            for length in self.lengths
-        }
-        return {length: bits or 0.0 for length, bits in cells.items()}
-
-    def rounds(self, methods: tuple[LongMamba, ...], numbers: range) -> Iterator[list[bool]]:
-        """The answers to the prompts of these numbers, one round of depths after the other."""
-        for start in range(0, len(numbers), len(self.depths)):
-            part = numbers[start : start + len(self.depths)]
-            with extended(self.model, *methods), torch.inference_mode():
-                answers = [right for length in self.lengths for right in self._ask(length, part)]
-            yield answers
-
-    def _ask(self, length: int, numbers: Sequence[int]) -> list[bool]:
-        budget, timer = Budget(self.tokens), Stopwatch(self.model.device)
-        return [
-            right for _, right, _ in run_batches(numbers, length, budget, self._run(length), timer)
-        ]
-
-    def _run(self, length: int) -> Callable[[Sequence[int]], list[bool]]:
-        def run(batch: Sequence[int]) -> list[bool]:
-            samples = []
-            for number in batch:
-                depth = self.depths[number % len(self.depths)]
-                rng = trial_rng(self.seed, length, depth, number // len(self.depths))
-                samples.append(self.task.sample(length, depth, rng))
-            return ask(self.model, self.task, samples)
-
-        return run
 
 
 class _OutOfTime(Exception):
@@ -182,8 +133,11 @@ class Search:
         self._keep(TuneRow(UNMODIFIED, {}, share, len(answers), bits, 0.0, seconds()))
 
     def _clamp_and_threshold(self) -> None:
-        for threshold in self.candidates.decay_thresholds:
-            for share in self.candidates.clamp_shares:
+        tried: set[Pair] = set()
+        for pair in self._pairs():
+            if pair not in tried:
+                tried.add(pair)
+                share, threshold = pair
                 self._measure(
                     "clamp and threshold",
                     LongMamba(
@@ -198,6 +152,28 @@ class Search:
         if not self._asked():
             method, _ = min(self.measured, key=_cost)
             self._measure("clamp and threshold", method, whatever_it_costs=True)
+
+    def _pairs(self) -> Iterator[Pair]:
+        """One axis, then the other, until the best pair stays; all, if that finds no key."""
+        shares, thresholds = self.candidates.clamp_shares, self.candidates.decay_thresholds
+        best: Pair = (shares[0], thresholds[0])
+        before: Pair | None = best if self.candidates.exhaustive else None
+        while best != before:
+            before = best
+            for share in shares:
+                yield share, best[1]
+            best = self._best_pair(best)
+            for threshold in thresholds:
+                yield best[0], threshold
+            best = self._best_pair(best)
+        if self.candidates.exhaustive or not any(row.share for _, row in self.measured):
+            yield from itertools.product(shares, thresholds)
+
+    def _best_pair(self, otherwise: Pair) -> Pair:
+        if not self.measured:
+            return otherwise
+        method, _ = self.winner()
+        return method.clamp_share, method.decay_threshold
 
     def _reduction(self) -> None:
         method, _ = self._leader()

@@ -15,8 +15,9 @@ from typing import Any
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.evaluation.batches import default_batch_tokens
+from widefield.evaluation.bench import Bench
 from widefield.evaluation.grid import DEFAULT_DEPTHS
-from widefield.evaluation.search import Bench, Candidates, Progress, Search, TuneRow
+from widefield.evaluation.search import Candidates, Progress, Search, TuneRow
 from widefield.families import describe
 from widefield.methods import LongMamba
 from widefield.tasks.passkey import PasskeyTask
@@ -81,8 +82,8 @@ def tune(
 ) -> TuneResult:
     """Find the LongMamba settings that retrieve best at a bounded cost in quality.
 
-    First every clamp share with every threshold, then the other reductions at the best of them,
-    then layer by layer whether leaving it out keeps the retrieval. A setting that costs too much is
+    First clamp shares and thresholds, then the other reductions at the best of them, then layer by
+    layer whether leaving it out keeps the retrieval. A setting that costs too much is
     not asked for keys. Whatever leads in the end is asked for more keys, until the leader holds.
 
     Args:
