@@ -16,12 +16,12 @@ __all__ = ["Budget", "Stopwatch", "cell_named", "default_batch_tokens", "run_bat
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
-_CPU_TOKENS = 32_768
+_MOST_TOKENS = {"cpu": 32_768, "cuda": 1 << 20}
 _SHARE_OF_MEMORY = 0.4
 
 
 def default_batch_tokens(model: Any) -> int:
-    """Tokens that a batch may hold on the model's device: by free memory, at most 32,768 on a CPU.
+    """Tokens that a batch may hold on the model's device: by free memory, within what still helps.
 
     An estimate from the widths of the model; where it is too high, `run_batches` halves it.
     """
@@ -31,7 +31,7 @@ def default_batch_tokens(model: Any) -> int:
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
     per_token = (4 * hidden + 8 * inner) * (itemsize + 2)
     tokens = int(_free_memory(model.device) * _SHARE_OF_MEMORY / per_token)
-    return max(1024, tokens if model.device.type == "cuda" else min(tokens, _CPU_TOKENS))
+    return max(1024, min(tokens, _MOST_TOKENS.get(model.device.type, _MOST_TOKENS["cpu"])))
 
 
 def _free_memory(device: torch.device) -> float:
