@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widefield.bundled import load_bundled
-    from widefield.calibrate import calibrate
+    from widefield.collect import calibrate
     from widefield.calibration import Calibration
     from widefield.errors import WidefieldError
     from widefield.evaluation.tune import tune
@@ -41,7 +41,7 @@ _HOMES = {
     "DeciMamba": "widefield.methods",
     "LongMamba": "widefield.methods",
     "WidefieldError": "widefield.errors",
-    "calibrate": "widefield.calibrate",
+    "calibrate": "widefield.collect",
     "extend": "widefield.extension",
     "extended": "widefield.extension",
     "load": "widefield.loading",

@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer
 
 from tests.evaluation.oracle import oracle
 from tests.models import tiny_mamba
-from widefield.calibrate import calibrate
+from widefield.collect import calibrate
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.evaluation import bench, search

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from widefield.calibrate import calibrate
+from widefield.collect import calibrate
 from widefield.calibration import Calibration
 from widefield.cli._common import Interrupted
 from widefield.cli._models import Source, need_tokenizer
@@ -40,6 +40,7 @@ def run_calibration(
         )
     except KeyboardInterrupt:
         raise Interrupted(f"nothing was written to {file}") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
     calibration.save(file)
     print(
         f"{file}: {calibration.model_class} {calibration.fingerprint}, "

@@ -69,7 +69,7 @@ def finish(
     result: TrainingResult, recipe: Recipe, corpus: Corpus, out: Path, command: str, device: str
 ) -> None:
     """Round, calibrate and save a trained model with first settings of the methods; `wf.tune` finds better ones."""
-    from widefield.calibrate import calibrate
+    from widefield.collect import calibrate
 
     model = round_to_half(result.model).to(device)
     length = recipe.length
