@@ -133,7 +133,7 @@ def _usage(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError" or not text:
         return ""
     path = context.command_path if context is not None else "widefield"
-    given = getattr(error, "option_name", None)
+    given = str(getattr(error, "option_name", ""))
     if type(error).__name__ == "NoSuchOption" and context is not None:
         known = [name for p in context.command.params for name in p.opts + p.secondary_opts]
         near = difflib.get_close_matches(given, known, n=2, cutoff=0.5)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.table import Table
@@ -83,17 +82,22 @@ class Board:
         found = [cell for cell in cells if cell is not None]
         return found if len(found) == len(cells) else None
 
-    def grid(self, method: str) -> Table:
-        """One method's grid: depths down, lengths across."""
+    def grid(self, method: str, depths: bool = True) -> Table:
+        """One method's grid: lengths across, depths down, with their labels or without."""
         trained = self.train_lengths.get(method)
-        table = Table(title=title(method), title_style="bold")
-        table.add_column("depth", justify="right", no_wrap=True)
+        table = Table(
+            title=title(method), title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        if depths:
+            table.add_column("depth", justify="right", no_wrap=True)
         for length in self.lengths:
             mark = "*" if length == trained else ""
-            table.add_column(length_label(length) + mark, justify="center", no_wrap=True)
+            table.add_column(
+                length_label(length) + mark, justify="right", min_width=3, no_wrap=True
+            )
         for depth in self.depths:
-            shares = (self._shaded(method, length, depth) for length in self.lengths)
-            table.add_row(f"{depth:.0%}", *shares)
+            label = [f"{depth:.0%}"] if depths else []
+            table.add_row(*label, *(self._shaded(method, length, depth) for length in self.lengths))
         return table
 
     def _shaded(self, method: str, length: int, depth: float) -> Text:
@@ -101,17 +105,35 @@ class Board:
         if cell is None:
             return Text("·", style="dim")
         style = next((shade for bound, shade in _SHADES if cell.share < bound), _BEST)
-        return Text(f"{cell.share:.2f}", style=style)
+        return Text(percent(cell.share), style=style)
 
     def legend(self) -> Text:
         """What the figures are and what the star means."""
         known = sorted({length for length in self.train_lengths.values() if length is not None})
-        star = f" (* = training length, {known[0]:,} tokens)" if len(known) == 1 else ""
-        return Text(f"share of keys repeated exactly, by depth and prompt length{star}", "dim")
+        star = f"; * = training length ({known[0]:,} tokens)" if len(known) == 1 else ""
+        return Text(f"% of keys repeated exactly{star}", "dim")
 
-    def picture(self, methods: Sequence[str]) -> Group:
-        """The grids of some methods, side by side as far as the terminal is wide."""
-        return Group(Columns([self.grid(method) for method in methods]), self.legend())
+    def picture(self, methods: Sequence[str], width: int) -> Group:
+        """The grids of some methods, as many side by side as `width` characters hold."""
+        across = len(methods)
+        while across > 1 and self._width(methods[:across]) > width:
+            across -= 1
+        rows = [methods[start : start + across] for start in range(0, len(methods), across)]
+        return Group(*(self._side_by_side(row) for row in rows), self.legend())
+
+    def _width(self, methods: Sequence[str]) -> int:
+        measured = Console(width=10_000).measure(self._side_by_side(methods))
+        return measured.maximum
+
+    def _side_by_side(self, methods: Sequence[str]) -> Table:
+        row = Table.grid(padding=(0, 2, 1, 0))
+        row.add_row(*(self.grid(method, depths=i == 0) for i, method in enumerate(methods)))
+        return row
+
+
+def percent(share: float) -> str:
+    """A share in whole per cent; 100 and 0 only where all or none are right."""
+    return str(min(max(round(100 * share), share > 0), 100 if share >= 1 else 99))
 
 
 class _Filling:
@@ -122,16 +144,20 @@ class _Filling:
         self.begun = time.monotonic()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        everything = self.board.picture(self.board.methods)
+        width = options.max_width
+        everything = self.board.picture(self.board.methods, width)
         tall = len(console.render_lines(everything, options.update(height=None)))
         fits = tall + 2 <= console.height
-        yield everything if fits else self.board.picture([self.board.current()])
-        seconds = int(time.monotonic() - self.begun)
-        yield Text(
-            f"{self.board.done} of {self.board.total} cells, {title(self.board.current())}, "
-            f"{seconds // 60}:{seconds % 60:02d} (Ctrl-C keeps what is finished)",
-            "dim",
-        )
+        yield everything if fits else self.board.picture([self.board.current()], width)
+        yield Text(self._status(), "dim")
+
+    def _status(self) -> str:
+        board, seconds = self.board, int(time.monotonic() - self.begun)
+        clock = f"{seconds // 60}:{seconds % 60:02d}"
+        if not board.done:
+            return f"{clock} (the first run on a machine compiles its kernels, which takes a while)"
+        running = title(board.current())
+        return f"{clock} {board.done} of {board.total} cells, {running} (Ctrl-C keeps them)"
 
 
 @contextmanager
@@ -148,7 +174,7 @@ def filling(board: Board, console: Console) -> Iterator[None]:
             yield
     finally:
         if board.done:
-            console.print(board.picture(board.methods))
+            console.print(board.picture(board.methods, console.width))
 
 
 def tell(board: Board, cell: Cell, console: Console) -> None:
@@ -157,10 +183,10 @@ def tell(board: Board, cell: Cell, console: Console) -> None:
     row = board.row(cell.method, cell.length)
     if console.is_terminal or row is None:
         return
-    shares = " ".join(f"{done.share:.2f}" for done in row)
+    shares = " ".join(percent(done.share) for done in row)
     seconds = sum(done.seconds for done in row)
     print(
-        f"{title(cell.method)}, {length_label(cell.length)}: {shares} ({seconds:.1f} s)",
+        f"{title(cell.method)}, {length_label(cell.length)}: {shares} % right ({seconds:.1f} s)",
         file=console.file,
         flush=True,
     )

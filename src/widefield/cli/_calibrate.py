@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from widefield.collect import calibrate
 from widefield.calibration import Calibration
 from widefield.cli._common import Interrupted
 from widefield.cli._models import Source, need_tokenizer
+from widefield.collect import calibrate
 
 __all__ = ["run_calibration"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from widefield.errors import WidefieldError
 
 __all__ = [
     "Interrupted",
+    "busy",
     "input_path",
     "out_file",
     "out_folder",
@@ -23,6 +25,15 @@ __all__ = [
 
 class Interrupted(Exception):
     """Ctrl-C, with the line that tells what was kept and how to go on."""
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on stderr, in a terminal only: importing torch and loading a model take seconds."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext():
+        yield
 
 
 def positive(value: int, option: str) -> int:
@@ -81,25 +92,22 @@ def input_path(path: Path, option: str) -> Path:
 
 
 def out_folder(path: Path) -> Path:
-    """A folder for results, made if it is not there, so that a long run does not fail at its end.
+    """A folder that results can be written to, checked before a long run and not made yet.
 
     Raises:
-        WidefieldError: if it is a file or cannot be written to.
+        WidefieldError: if it is a file, lies inside one, or cannot be written to.
     """
     path = path.expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except (FileExistsError, NotADirectoryError):
-        raise WidefieldError(f"--out {path}: a file is in the way; give a folder") from None
-    except OSError as error:
-        raise WidefieldError(f"--out {path}: cannot be written to ({error.strerror})") from None
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise WidefieldError(f"--out {path}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WidefieldError(f"--out {path}: {there} cannot be written to; give another folder")
     return path
 
 
 def out_file(path: Path, suffix: str) -> Path:
-    """A file for a result, its folder made if it is not there.
+    """A file that a result can be written to, checked before a long run; its folder may be missing.
 
     Args:
         path: where the user wants it.
@@ -110,9 +118,7 @@ def out_file(path: Path, suffix: str) -> Path:
     """
     path = path.expanduser()
     if path.is_dir():
-        raise WidefieldError(
-            f"--out {path} is a folder: give a file, such as {path / ('out' + suffix)}"
-        )
+        raise WidefieldError(f"--out {path} is a folder: give a file, e.g. {path}/out{suffix}")
     if path.suffix != suffix:
         raise WidefieldError(f"--out {path}: expected a name that ends in {suffix}")
     out_folder(path.parent)

@@ -13,7 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from widefield.cli._common import Interrupted
-from widefield.cli._models import Choice, Source, build_methods, need_tokenizer
+from widefield.cli._models import Choice, Source, build_methods, in_words, need_tokenizer
 from widefield.errors import WidefieldError
 from widefield.extension import extend
 from widefield.tasks.tokens import BYTE_OFFSET, bos_ids, decode, encode, is_byte_level
@@ -105,7 +105,8 @@ def stream_text(
     _put_on(source, choice)
     ids = _prompt(source, text)
     model = source.model
-    say(f"{model.widefield}")
+    on = " + ".join(in_words(method) for method in model.widefield.methods)
+    say(f"{source.name}, {on or 'no method on'}")
     trained = "" if source.train_length is None else f", trained at {source.train_length:,}"
     say(f"prompt {ids.shape[1]:,} tokens{trained}; on {model.device}")
     if hasattr(sys.stdout, "reconfigure"):

@@ -19,6 +19,8 @@ from widefield.cli import _common
 from widefield.errors import WidefieldError, unknown
 from widefield.evaluation.grid import parse_methods
 from widefield.evaluation.header import Subject
+from widefield.extension import Extension
+from widefield.families import describe
 from widefield.loading import load
 from widefield.methods import METHODS, from_config
 from widefield.methods.base import Method
@@ -30,6 +32,7 @@ __all__ = [
     "choose",
     "find_device",
     "find_dtype",
+    "in_words",
     "load_source",
     "need_calibration",
     "need_tokenizer",
@@ -231,7 +234,8 @@ def build_methods(
         changes: by method name; single options.
 
     Raises:
-        WidefieldError: for an unknown option, or a method without the calibration it needs.
+        WidefieldError: for an unknown option, a missing calibration, or a method that cannot act on
+            the model.
     """
     built = []
     for name in names:
@@ -241,6 +245,8 @@ def build_methods(
         if name == "longmamba" or options.get("score", "norm") != "norm":
             need_calibration(source, name)
         built.append(from_config(name, options, source.calibration))
+    # Whether they can act on this model, and together, is found out before anything runs.
+    Extension(describe(source.model), built)
     return tuple(built)
 
 
@@ -268,6 +274,14 @@ def need_calibration(source: Source, method: str) -> Calibration:
             "--out cal.safetensors` and give it with --calibration cal.safetensors"
         )
     return source.calibration
+
+
+def in_words(method: Method) -> str:
+    """A method with the options that are not at their defaults, on one line."""
+    defaults = {option.name: option.default for option in dataclasses.fields(METHODS[method.name])}
+    changed = {k: v for k, v in method.describe().items() if v != defaults.get(k)}
+    options = ", ".join(f"{name}={value}" for name, value in changed.items())
+    return f"{method.name} ({options})" if options else method.name
 
 
 def need_tokenizer(source: Source) -> Any:

@@ -63,6 +63,8 @@ def run_board(
         ) from None
     picture = draw(results, folder, trained)
     summarise(board)
+    if results.resumed:
+        print(f"{results.resumed} cells were there from an earlier run")
     print(f"{results.path}\n{picture}")
     return results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,13 @@ from rich.table import Table
 
 from widefield.cli._common import Interrupted
 from widefield.cli._models import Source, need_calibration, need_tokenizer
+from widefield.cli.tune import Wishes
 from widefield.evaluation.grid import length_label
 from widefield.evaluation.header import Subject, make_header
 from widefield.evaluation.results import write_atomically
 from widefield.evaluation.tune import TuneResult, TuneRow, tune
-from widefield.tasks.texts import Haystack
 
-__all__ = ["Wishes", "run_search"]
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the search is given; the fields are arguments of `wf.tune`."""
-
-    haystack: Haystack
-    texts: tuple[str, ...] | None
-    lengths: tuple[int, ...] | None
-    trials: int
-    budget_seconds: float
-    quality_limit: float
-    seed: int
-    batch_tokens: int | None
+__all__ = ["run_search"]
 
 
 def run_search(source: Source, wishes: Wishes, file: Path) -> TuneResult:

@@ -33,8 +33,6 @@ def calibrate(
 
     A few sequences of text go through the unmodified model; nothing is trained.
     """
-    from widefield.cli._calibrate import run_calibration
-    from widefield.cli._models import load_source
     from widefield.evaluation.grid import parse_length
     from widefield.tasks.texts import load_texts
 
@@ -43,5 +41,9 @@ def calibrate(
     length = parse_length(train_length)
     read = load_texts(texts)
     file = _common.out_file(out, ".safetensors")
-    source = load_source(model, device=device, dtype=dtype)
+    with _common.busy(f"loading {model}"):
+        from widefield.cli._calibrate import run_calibration
+        from widefield.cli._models import load_source
+
+        source = load_source(model, device=device, dtype=dtype)
     run_calibration(source, read, length, sequences, batch_size, file)

@@ -33,7 +33,6 @@ def demo(
     Three grids: the unmodified model, LongMamba, DeciMamba, on the bundled checkpoints.
     Works offline on two CPU cores in under two minutes. Interrupted, it goes on where it stopped.
     """
-    from widefield.cli._passkey import bundled_subjects, run_board
     from widefield.evaluation.grid import PasskeyGrid, parse_depths, parse_lengths
     from widefield.tasks.texts import default_haystack
 
@@ -44,4 +43,8 @@ def demo(
         trials=(1 if quick else 2) if trials is None else trials,
         seed=seed,
     )
-    run_board(bundled_subjects(METHODS), default_haystack(), grid, folder)
+    with _common.busy("loading the bundled checkpoints"):
+        from widefield.cli._passkey import bundled_subjects, run_board
+
+        subjects = bundled_subjects(METHODS)
+    run_board(subjects, default_haystack(), grid, folder)

@@ -69,17 +69,20 @@ def passkey(
     ),
 ) -> None:
     """How often a model repeats a five-digit key hidden in a long text, by length and depth."""
-    from widefield.cli import _models
-    from widefield.cli._passkey import run_board
     from widefield.evaluation.grid import PasskeyGrid, parse_depths, parse_lengths
     from widefield.tasks.texts import default_haystack, load_haystack
 
     grid = PasskeyGrid(parse_lengths(lengths), parse_depths(depths), trials, seed, batch_tokens)
     text = load_haystack(haystack) if haystack is not None else default_haystack()
-    choice = _models.choose(method, changes, tuned)
     folder = _common.out_folder(out)
-    source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
-    run_board(_models.subjects(source, choice), text, grid, folder)
+    with _common.busy(f"loading {model}"):
+        from widefield.cli import _models
+        from widefield.cli._passkey import run_board
+
+        choice = _models.choose(method, changes, tuned)
+        source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
+        subjects = _models.subjects(source, choice)
+    run_board(subjects, text, grid, folder)
 
 
 @app.command()
@@ -104,14 +107,17 @@ def bits(
     ),
 ) -> None:
     """How well a model predicts text, in bits a byte, by how much text stands before it."""
-    from widefield.cli import _models
-    from widefield.cli._bits import run_table
     from widefield.evaluation.grid import BitsGrid, parse_lengths
     from widefield.tasks.texts import load_texts
 
     grid = BitsGrid(parse_lengths(lengths), windows, last, seed, batch_tokens)
     read = load_texts(texts)
-    choice = _models.choose(method, changes, tuned)
     folder = _common.out_folder(out)
-    source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
-    run_table(_models.subjects(source, choice), read, grid, folder)
+    with _common.busy(f"loading {model}"):
+        from widefield.cli import _models
+        from widefield.cli._bits import run_table
+
+        choice = _models.choose(method, changes, tuned)
+        source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
+        subjects = _models.subjects(source, choice)
+    run_table(subjects, read, grid, folder)

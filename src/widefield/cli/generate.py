@@ -72,14 +72,14 @@ def generate(
     text = _read(prompt, prompt_file)
     if (changes or tuned) and method is None:
         raise WidefieldError("--set and --methods need --method: say which method they are for")
+    with _common.busy(f"loading {model}"):
+        from widefield.cli._generate import stream_text
+        from widefield.cli._models import choose, load_source
 
-    from widefield.cli._generate import stream_text
-    from widefield.cli._models import choose, load_source
-
-    choice = None if method is None else choose(method, changes, tuned)
-    source = load_source(
-        model, device=device, dtype=dtype, calibration=calibration, saved_methods=method is None
-    )
+        choice = None if method is None else choose(method, changes, tuned)
+        source = load_source(
+            model, device=device, dtype=dtype, calibration=calibration, saved_methods=method is None
+        )
     stream_text(source, choice, text, max_new_tokens, sampling)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from widefield.cli import _common
+
 
 def info(
     model: Annotated[
@@ -24,8 +26,9 @@ def info(
 
     Layers, channels, the share of global channels, the training length, methods saved with it.
     """
-    from widefield.cli._info import describe_source, show
-    from widefield.cli._models import load_source
+    with _common.busy(f"loading {model}"):
+        from widefield.cli._info import describe_source, show
+        from widefield.cli._models import load_source
 
-    source = load_source(model, calibration=calibration, saved_methods=True)
+        source = load_source(model, calibration=calibration, saved_methods=True)
     show(describe_source(source), as_json)

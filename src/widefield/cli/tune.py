@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,22 @@ import typer
 
 from widefield.cli import _common
 from widefield.errors import WidefieldError
+from widefield.evaluation.grid import parse_lengths
+from widefield.tasks.texts import Haystack, default_haystack, load_haystack, load_texts
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the search is given; the fields are arguments of `wf.tune`."""
+
+    haystack: Haystack
+    texts: tuple[str, ...] | None
+    lengths: tuple[int, ...] | None
+    trials: int
+    budget_seconds: float
+    quality_limit: float
+    seed: int
+    batch_tokens: int | None
 
 
 def tune(
@@ -65,11 +82,6 @@ def tune(
     Clamp share, threshold, reduction and layers: what finds most hidden keys within a limit of the
     cost in quality. Takes minutes; Ctrl-C takes the best setting so far.
     """
-    from widefield.cli._models import load_source
-    from widefield.cli._tune import Wishes, run_search
-    from widefield.evaluation.grid import parse_lengths
-    from widefield.tasks.texts import default_haystack, load_haystack, load_texts
-
     _common.positive(trials, "--trials")
     if batch_tokens is not None:
         _common.positive(batch_tokens, "--batch-tokens")
@@ -88,5 +100,9 @@ def tune(
         batch_tokens=batch_tokens,
     )
     file = _common.out_file(out, ".json")
-    source = load_source(model, device=device, dtype=dtype, calibration=calibration)
+    with _common.busy(f"loading {model}"):
+        from widefield.cli._models import load_source
+        from widefield.cli._tune import run_search
+
+        source = load_source(model, device=device, dtype=dtype, calibration=calibration)
     run_search(source, wishes, file)
