@@ -61,7 +61,7 @@ def encode(
     sketch: DeltaSketch, knots: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`lowest`, `highest`, `steps` and `falls` (see `decode`) of every channel of a sketch."""
-    values, weights = sketch.compressed(_POINTS)
+    values, weights = (t.cpu().numpy() for t in sketch.compressed(_POINTS))
     parts = []
     for start in range(0, sketch.channels, _LANES):
         lanes = slice(start, start + _LANES)
@@ -258,33 +258,33 @@ class _Walk:
     def close(self, lanes: np.ndarray) -> None:
         """End the lines at the last point that they pass, to the precision of two bytes."""
         last = self.next[lanes] - 1
-        slope = (self.steepest[lanes] + self.flattest[lanes]) / 2
-        blocked = self.x[lanes, last] <= self.pen_x[lanes]
-        last = last + blocked
-        slope = np.where(blocked, 0.0, slope)
+        last = last + (self.x[lanes, last] <= self.pen_x[lanes])
         run = self.x[lanes, last] - self.pen_x[lanes]
-        run = np.minimum(run, np.maximum(_FALLS[-1] / np.maximum(-slope, 1e-30), 1)).astype(
+        # To the curve itself, as far as all points since the pen allow.
+        slope = (self.y[lanes, last] - self.pen_y[lanes]) / run
+        slope = np.minimum(np.maximum(slope, self.steepest[lanes]), self.flattest[lanes])
+        run = np.minimum(run, np.maximum(-_FALLS[-1] / np.minimum(slope, -1e-30), 1)).astype(
             np.int64
         )
-        # Never beyond the last point that the line passes; the very last position is clipped when
-        # decoded.
-        step = np.where(
-            self.pen_x[lanes] + run == self.x[lanes, -1],
-            np.searchsorted(_STEPS, run),
-            np.searchsorted(_STEPS, run, side="right") - 1,
-        )
+        # Never beyond the point; the very last position is clipped when decoded.
+        at_end = self.pen_x[lanes] + run == self.x[lanes, -1]
+        step = np.searchsorted(_STEPS, run, side="right") - 1
+        step = np.where(at_end, np.searchsorted(_STEPS, run), step)
         run = np.minimum(_STEPS[step], run)
         fall = _nearest_fall(-slope * run)
-        room = self.used[lanes] < self.steps.shape[1]
-        self.fits[lanes[~room]] = False
-        place = np.minimum(self.used[lanes], self.steps.shape[1] - 1)
-        self.steps[lanes, place], self.falls[lanes, place] = step, fall
-        self.used[lanes] += 1
+        self._record(lanes, step, fall)
         self.pen_x[lanes] += run
         self.pen_y[lanes] -= _FALLS[fall]
         self.steepest[lanes], self.flattest[lanes] = -np.inf, 0.0
         self._seek(lanes)
-        self.finished[lanes] = ~room | (self.next[lanes] >= self.count)
+        self.finished[lanes] = ~self.fits[lanes] | (self.next[lanes] >= self.count)
+
+    def _record(self, lanes: np.ndarray, step: np.ndarray, fall: np.ndarray) -> None:
+        knots = self.steps.shape[1]
+        self.fits[lanes] &= self.used[lanes] < knots
+        place = np.minimum(self.used[lanes], knots - 1)
+        self.steps[lanes, place], self.falls[lanes, place] = step, fall
+        self.used[lanes] += 1
 
     def _seek(self, lanes: np.ndarray) -> None:
         """Find the first point beyond the pen."""

@@ -82,7 +82,7 @@ class LayerCalibration:
             highest=highest,
             steps=steps,
             falls=falls,
-            mean_delta=torch.from_numpy((sketch.total / sketch.tokens).astype(np.float32)),
+            mean_delta=(sketch.total / sketch.tokens).float().cpu(),
             decay=torch.stack([rates.amin(1), rates.mean(1), rates.amax(1)]),
         )
 
@@ -103,6 +103,8 @@ class LayerCalibration:
         left = self._last_knot(self._curve.log_share > log_share)
         edge = self._curve.edges(left)
         part = (edge.y1 - log_share) / (edge.y1 - edge.y2).clamp_min(1e-30)
+        # Within one step of the grid the tokens count as tied: below them, so that the share holds.
+        part = torch.where(edge.neighbours, 0.0, part)
         value = torch.exp(edge.x1 + (edge.x2 - edge.x1) * part.clamp(0, 1))
         beyond = self._curve.log_share[:, -1] > log_share
         return self._bounded(torch.where(beyond, self.highest.double(), value))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from widefield.errors import WidefieldError
@@ -27,7 +28,7 @@ class DeltaSketch:
         channels: D.
         tokens: how many tokens were seen.
         total: (D,) float64, ΣΔ.
-        values: (D, C) float32 centroids, descending.
+        values: (D, C) float32 centroids, descending; on the device of the first Δ, as all tensors.
         weights: (D, C) float32 tokens of each centroid; 0 marks an unused place.
     """
 
@@ -37,8 +38,11 @@ class DeltaSketch:
         Args:
             channels: D.
             layer: index of the layer, named in errors.
-            capacity: centroids of a channel; ε is about ln(tokens) / capacity. 8 · D · capacity
-                bytes.
+            capacity: centroids of a channel, C; ε is about ln(tokens) / C. The state has
+                8 · D · C bytes.
+
+        Raises:
+            WidefieldError: if there are no channels, or too few centroids.
         """
         if channels < 1 or capacity < 64:
             raise WidefieldError(
@@ -49,9 +53,9 @@ class DeltaSketch:
         self.capacity = capacity
         self.layer = layer
         self.tokens = 0
-        self.total = np.zeros(channels)
-        self.values = np.zeros((channels, 0), np.float32)
-        self.weights = np.zeros((channels, 0), np.float32)
+        self.total = torch.zeros(channels, dtype=torch.float64)
+        self.values = torch.zeros(channels, 0)
+        self.weights = torch.zeros(channels, 0)
 
     @property
     def nbytes(self) -> int:
@@ -70,35 +74,39 @@ class DeltaSketch:
                 "use one sketch a layer"
             )
         for chunk in delta.detach().split(_CHUNK):
-            values = np.ascontiguousarray(chunk.float().cpu().numpy().T)
+            values = chunk.float().T.contiguous()
             self._check(values)
-            self.total += values.sum(1, dtype=np.float64)
-            self._merge(values, np.ones_like(values), chunk.shape[0])
+            self._merge(values, torch.ones_like(values), chunk.shape[0], values.double().sum(1))
 
     def merge(self, other: DeltaSketch) -> None:
-        """Add all that another sketch of the same layer has seen."""
+        """Add all that another sketch of the same layer has seen.
+
+        Raises:
+            WidefieldError: if the number of channels differs.
+        """
         if other.channels != self.channels:
             raise WidefieldError(
                 f"cannot merge sketches of {self.channels} and {other.channels} channels: "
                 "merge sketches of the same layer"
             )
-        self.total += other.total
-        self._merge(other.values, other.weights, other.tokens)
+        self._merge(other.values, other.weights, other.tokens, other.total)
 
-    def compressed(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    def compressed(
+        self, capacity: int
+    ) -> tuple[Float[Tensor, "channels places"], Float[Tensor, "channels places"]]:
         """`values` and `weights` in at most `capacity` centroids; the sketch stays as it is."""
         if self.values.shape[1] <= capacity:
             return self.values, self.weights
         return _cluster(self.values, self.weights, self.tokens, capacity)
 
-    def _check(self, values: np.ndarray) -> None:
-        wrong = ~np.isfinite(values) | (values < 0)
-        if not wrong.any():
+    def _check(self, values: Tensor) -> None:
+        wrong = ~(torch.isfinite(values) & (values >= 0))
+        if not bool(wrong.any()):
             return
-        channel, token = (int(i) for i in np.argwhere(wrong)[0])
+        channel, token = wrong.nonzero()[0].tolist()
         where = "" if self.layer is None else f" in layer {self.layer}"
-        value = values[channel, token]
-        if not np.isfinite(value):
+        value = float(values[channel, token])
+        if not math.isfinite(value):
             raise WidefieldError(
                 f"non-finite Δ{where}: {value} in channel {channel}; check the model's weights and "
                 "its dtype (float32 is safest)"
@@ -108,45 +116,54 @@ class DeltaSketch:
             "which is never below 0"
         )
 
-    def _merge(self, values: np.ndarray, weights: np.ndarray, tokens: int) -> None:
-        values = np.concatenate([self.values, values], axis=1)
-        weights = np.concatenate([self.weights, weights], axis=1)
+    def _merge(self, values: Tensor, weights: Tensor, tokens: int, total: Tensor) -> None:
+        device = values.device
         self.tokens += tokens
-        order = np.argsort(values, axis=1)[:, ::-1]
-        values = np.take_along_axis(values, order, 1)
-        weights = np.take_along_axis(weights, order, 1)
+        self.total = self.total.to(device) + total
+        values = torch.cat([self.values.to(device), values], 1)
+        weights = torch.cat([self.weights.to(device), weights], 1)
+        order = _ascending(values).flip(1)
+        self.values, self.weights = values.gather(1, order), weights.gather(1, order)
         if values.shape[1] > self.capacity:
-            values, weights = _cluster(values, weights, self.tokens, self.capacity)
-        self.values, self.weights = values, weights
+            self.values, self.weights = self.compressed(self.capacity)
 
 
-def _cluster(
-    values: np.ndarray, weights: np.ndarray, tokens: int, capacity: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ascending(values: Tensor) -> Int[Tensor, "channels places"]:
+    """Order of each row; numpy's vectorised sort is several times as fast as torch's on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.argsort(values.numpy(), axis=1))
+    return values.argsort(1)
+
+
+def _cluster(values: Tensor, weights: Tensor, tokens: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Descending values (D, n) gathered into (D, capacity) centroids, geometric in upper rank."""
-    channels = values.shape[0]
-    middle = np.cumsum(weights, axis=1, dtype=np.float64) - weights / 2
-    cluster = _cluster_of_rank(middle, tokens, capacity)
-    cell = (cluster + np.arange(channels)[:, None] * capacity).ravel()
-    size = (channels, capacity)
-    count = np.bincount(cell, weights.ravel(), channels * capacity).reshape(size)
-    mass = np.bincount(cell, (weights * values.astype(np.float64)).ravel(), channels * capacity)
-    mean = mass.reshape(size) / np.maximum(count, 1)
-    # An unused place repeats its larger neighbour, so that the row stays sorted. Place 0 is always
-    # used.
-    filled = np.maximum.accumulate(np.where(count > 0, np.arange(capacity), 0), axis=1)
-    mean = np.take_along_axis(mean, filled, 1)
-    return mean.astype(np.float32), count.astype(np.float32)
+    count = weights.cumsum(1, dtype=torch.float64)
+    mass = weights.double().mul_(values).cumsum_(1)
+    bounds = _rank_bounds(tokens, capacity).to(values.device).expand(values.shape[0], -1)
+    end = torch.searchsorted(count - weights / 2, bounds.contiguous())
+    weight, mass = (_between(running, end) for running in (count, mass))
+    mean = (mass / weight.clamp_min(1)).float()
+    # An unused place repeats its larger neighbour: the row stays sorted. Place 0 is always used.
+    places = torch.arange(capacity, device=values.device)
+    used = torch.where(weight > 0, places, 0).cummax(1).values
+    return mean.gather(1, used), weight.float()
 
 
-def _cluster_of_rank(rank: np.ndarray, tokens: int, capacity: int) -> np.ndarray:
-    """Cluster of an upper rank: one for each of the first 1/ε ranks, then 1/ε for each factor e."""
-    if tokens <= capacity:
-        return rank.astype(np.int64)
-    epsilon = _resolution(tokens, capacity)
-    scaled = rank * epsilon
-    number = np.where(scaled < 1, scaled, 1 + np.log(np.maximum(scaled, 1))) / epsilon
-    return np.minimum(number.astype(np.int64), capacity - 1)
+def _between(running: Tensor, end: Tensor) -> Tensor:
+    """Sums over the runs between neighbouring `end`s, from running sums."""
+    sums = torch.where(end > 0, running.gather(1, (end - 1).clamp_min(0)), 0.0)
+    return sums.diff(dim=1)
+
+
+def _rank_bounds(tokens: int, capacity: int) -> Float[Tensor, " bounds"]:
+    """Upper ranks between clusters: one for each of the first 1/ε ranks, then 1/ε a factor of e."""
+    number = torch.arange(capacity + 1, dtype=torch.float64)
+    if tokens > capacity:
+        epsilon = _resolution(tokens, capacity)
+        scaled = number * epsilon
+        number = torch.where(scaled < 1, number, torch.exp(scaled - 1) / epsilon)
+    number[-1] = tokens
+    return number
 
 
 def _resolution(tokens: int, capacity: int) -> float:
