@@ -74,6 +74,14 @@ class Pool:
     clamp: Float[Tensor, " channels"] | None = None
     weight: Float[Tensor, " channels"] | None = None
 
+    def to(self, device: torch.device | str) -> Pool:
+        """The same pool with its tensors on `device`."""
+        return replace(self, clamp=_moved(self.clamp, device), weight=_moved(self.weight, device))
+
+
+def _moved(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -101,15 +109,11 @@ class LayerPlan:
 
     def to(self, device: torch.device | str) -> LayerPlan:
         """The same plan with its tensors on `device`."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        pool = self.pool
-        if pool is not None:
-            pool = replace(pool, clamp=move(pool.clamp), weight=move(pool.weight))
         return LayerPlan(
-            move(self.delta_floor), move(self.delta_scale), move(self.decay_scale), pool
+            _moved(self.delta_floor, device),
+            _moved(self.delta_scale, device),
+            _moved(self.decay_scale, device),
+            None if self.pool is None else self.pool.to(device),
         )
 
 

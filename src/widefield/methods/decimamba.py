@@ -92,7 +92,7 @@ class DeciMamba:
             return
         self.calibration.check(layout)
         for layer in self.layers:
-            weight = self._pool(layer).weight
+            weight = self.pool(layer).weight
             if weight is not None and not bool(weight.any()):
                 raise WidefieldError(
                     f"score='global' finds no global channel in layer {layer} with "
@@ -115,7 +115,7 @@ class DeciMamba:
         """
         if layer not in self.layers or max(lengths) <= self.keep(layer):
             return LayerPlan()
-        return LayerPlan(pool=self._pool(layer))
+        return LayerPlan(pool=self.pool(layer))
 
     def describe(self) -> dict[str, Any]:
         """The options as JSON-able values, without the calibration."""
@@ -131,7 +131,8 @@ class DeciMamba:
             "reduction": self.reduction,
         }
 
-    def _pool(self, layer: int) -> Pool:
+    def pool(self, layer: int) -> Pool:
+        """What a decimating layer is asked to do, whatever the length."""
         if layer not in self._pools:
             self._pools[layer] = self._make_pool(layer)
         return self._pools[layer]

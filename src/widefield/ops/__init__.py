@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from widefield.ops._backend import use_backend
 from widefield.ops.causal_conv1d import causal_conv1d
-from widefield.ops.pool import Rows, pool_tokens
+from widefield.ops.pool import Rows, pool_tokens, token_score
 from widefield.ops.selective_scan import effective_delta, selective_scan
 from widefield.ops.state_update import selective_state_update
 
@@ -15,5 +15,6 @@ __all__ = [
     "pool_tokens",
     "selective_scan",
     "selective_state_update",
+    "token_score",
     "use_backend",
 ]

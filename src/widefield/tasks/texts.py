@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,9 +35,10 @@ class Haystack:
 
 
 def default_haystack() -> Haystack:
-    """The documentation topics of the Python standard library as plain ASCII text, about 450 kB.
+    """The prose of the Python standard library's documentation topics in plain ASCII, about 170 kB.
 
-    The text differs between versions of Python, which is why results carry its hash.
+    Code, grammars and tables are left out: only paragraphs that read as English are kept. The text
+    differs between versions of Python, which is why results carry its hash.
 
     Raises:
         WidefieldError: if this Python was installed without them.
@@ -48,8 +50,16 @@ def default_haystack() -> Haystack:
             "this Python has no documentation topics (pydoc_data) to hide a key in; "
             "give a text of your own with --haystack FILE"
         ) from error
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
-    return Haystack("python documentation topics", _to_ascii(text))
+    text = _to_ascii("\n\n".join(topics[name].strip() for name in sorted(topics)))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    prose = [textwrap.fill(paragraph, 72) for paragraph in paragraphs if _is_prose(paragraph)]
+    return Haystack("prose of the python documentation topics", "\n\n".join(prose))
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Long enough to hold a sentence, and hardly anything in it but words and their punctuation."""
+    words = sum(letter.isalpha() or letter in " ,.'" for letter in paragraph)
+    return len(paragraph) > 150 and words > 0.95 * len(paragraph)
 
 
 def _to_ascii(text: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from widefield.errors import WidefieldError
-from widefield.tasks.passkey import DIGITS, byte_sample
+from widefield.tasks.passkey import DIGITS, NEEDLE, byte_sample
 from widefield.tasks.tokens import BYTE_OFFSET
 
 __all__ = ["Batch", "Corpus", "load_corpus", "make_batch", "prefetch"]
@@ -41,10 +41,12 @@ class Batch:
     Attributes:
         ids: byte + 3.
         passkeys: how many of the first rows end in a passkey's five digits.
+        digits: where each of those rows has the digits of its key in the needle.
     """
 
     ids: Int[np.ndarray, "batch length"]
     passkeys: int
+    digits: Int[np.ndarray, "passkeys digits"]
 
 
 def load_corpus(paths: Sequence[str | Path]) -> Corpus:
@@ -105,7 +107,18 @@ def make_batch(
     for row, start in enumerate(starts, start=passkeys):
         ids[row] = text[start : start + length]
         ids[row] += BYTE_OFFSET
-    return Batch(ids, passkeys)
+    digits = np.stack([_needle_digits(row) for row in ids[:passkeys]]) if passkeys else np.empty((0, 0), int)
+    return Batch(ids, passkeys, digits)
+
+
+def _needle_digits(row: Int[np.ndarray, " length"]) -> Int[np.ndarray, " digits"]:
+    """Positions of the key's digits in the needle of a passkey sample, both times that it is said."""
+    text = (row - BYTE_OFFSET).astype(np.uint8).tobytes()
+    key = text[-DIGITS:]
+    start = text.index(NEEDLE.partition("{key}")[0].encode() + key)
+    first = text.index(key, start)
+    second = text.index(key, first + DIGITS)
+    return np.concatenate([np.arange(at, at + DIGITS) for at in (first, second)])
 
 
 def prefetch(make: Callable[[], Batch], ahead: int = 4) -> Iterator[Batch]:

@@ -8,7 +8,8 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.extension import Extension, extend, replace_methods, restore
 from widefield.methods import DeciMamba
+from widefield.ops import token_score
+from widefield.plan import ScanInputs
 from widefield.tasks.passkey import DIGITS
 from widefield.training.data import Batch, Corpus, make_batch, prefetch
 from widefield.training.recipe import Decimation, Recipe
@@ -144,8 +147,8 @@ def train(
                 replace_methods(model, Extension(layout, [method]))
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(recipe, run.share)
-            text_loss, answer_loss = _losses(prepared, batch, decimate, accelerator.device)
-            accelerator.backward(text_loss + answer_loss)
+            loss, text_loss, answer_loss = _losses(prepared, batch, decimate, accelerator.device)
+            accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -214,19 +217,62 @@ def _learning_rate(recipe: Recipe, share: float) -> float:
 
 def _losses(
     model: Any, batch: Batch, decimate: Decimation | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Mean next-byte loss (over the protected bytes if tokens are dropped), and that of the answers."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole loss, the mean next-byte loss (over the protected bytes if tokens are dropped), and the answers'."""
     ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
     length = ids.shape[1]
     judged = length if decimate is None else min(decimate.protect, length)
-    logits = model(input_ids=ids, logits_to_keep=judged).logits
+    with _watched_scores(model, decimate) as scores:
+        logits = model(input_ids=ids, logits_to_keep=judged).logits
     targets = ids[:, length - judged + 1 :]
     text = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
-    if not batch.passkeys:
-        return text, text.new_zeros(())
-    answers = logits[: batch.passkeys, -1 - DIGITS : -1]
-    answer = F.cross_entropy(answers.flatten(0, 1), ids[: batch.passkeys, -DIGITS:].flatten())
-    return text, answer
+    answer = text.new_zeros(())
+    if batch.passkeys:
+        answers = logits[: batch.passkeys, -1 - DIGITS : -1]
+        answer = F.cross_entropy(answers.flatten(0, 1), ids[: batch.passkeys, -DIGITS:].flatten())
+    loss = text + answer
+    if decimate and scores and batch.passkeys:
+        ranks = [_rank_loss(score, batch, decimate) for score in scores]
+        loss = loss + decimate.rank_weight * torch.stack(ranks).mean()
+    return loss, text, answer
+
+
+@contextmanager
+def _watched_scores(model: Any, decimate: Decimation | None) -> Iterator[list[Tensor]]:
+    """Collect the importance scores (B, L) of the first decimating layer, with their gradients."""
+    scores: list[Tensor] = []
+    extension = getattr(model, "widefield", None)
+    if decimate is None or not decimate.rank_weight or extension is None:
+        yield scores
+        return
+    pool = extension.methods[0].pool(decimate.layers[0])
+
+    def note(layer: int, inputs: ScanInputs) -> None:
+        if layer == decimate.layers[0]:
+            scores.append(token_score(inputs, pool.to(inputs.x.device)))
+
+    extension.observer = note
+    try:
+        yield scores
+    finally:
+        extension.observer = None
+
+
+def _rank_loss(score: Tensor, batch: Batch, decimate: Decimation) -> Tensor:
+    """How far the digits of the keys are from outscoring the best of all other tokens of the batch.
+
+    softplus(10 · (log s̄ − log s_digit + 0.2)), with s̄ the geometric mean score of the best `rank_share` of the
+    tokens that are neither a digit of a key nor protected.
+    """
+    log_score = torch.log(score.clamp_min(1e-6))
+    rows = torch.arange(batch.passkeys, device=score.device)[:, None]
+    digits = torch.from_numpy(batch.digits).to(score.device)
+    others = torch.ones_like(log_score, dtype=torch.bool)
+    others[rows, digits] = False
+    others[:, -decimate.protect :] = False
+    rivals = log_score[others]
+    best = rivals.topk(max(1, round(rivals.numel() * decimate.rank_share)), sorted=False).values.mean()
+    return F.softplus(10.0 * (best - log_score[rows, digits] + 0.2)).mean()
 
 
 class _Run:

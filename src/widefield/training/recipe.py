@@ -51,6 +51,10 @@ class Decimation:
         score: importance score of `DeciMamba`.
         decay_threshold: Th of the global channels, for score "global".
         clamp_share: share of tokens at the clamp of Δ, for score "global".
+        rank_weight: weight of the ranking loss, 0 for none: the digits of the passkey are to outscore all but the
+            share `rank_share` of the batch's other tokens. A batch holds as many tokens as a sequence far longer
+            than the training length, so the scores learn to stand out there, too.
+        rank_share: the share of other tokens that may score as high.
     """
 
     layers: tuple[int, ...]
@@ -60,6 +64,8 @@ class Decimation:
     score: str = "global"
     decay_threshold: float = 1e-30
     clamp_share: float = 0.01
+    rank_weight: float = 0.0
+    rank_share: float = 0.001
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
+from torch import Tensor
+
 from widefield.ops._backend import choose
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
 from widefield.plan import Pool, ScanInputs
 
-__all__ = ["Rows", "pool_tokens"]
+__all__ = ["Rows", "pool_tokens", "token_score"]
+
+
+def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
+    """How important each token is: ‖w ⊙ min(Δ_t, c)‖₂ over channels, float32.
+
+    Args:
+        inputs: the scan's inputs.
+        pool: the clamp c and the weights w.
+    """
+    if choose(inputs.x, inputs.delta) == "cpu":
+        from widefield.ops.pool import cpu
+
+        return cpu.token_score(inputs, pool)
+    return reference.token_score(inputs, pool)
 
 
 def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
@@ -24,13 +41,7 @@ def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
     Raises:
         WidefieldError: if a valid token's score is not finite.
     """
-    if choose(inputs.x, inputs.delta) == "cpu":
-        from widefield.ops.pool import cpu
-
-        score = cpu.token_score(inputs, pool)
-    else:
-        score = reference.token_score(inputs, pool)
-    rows = reference.select_rows(score, pool, inputs.valid)
+    rows = reference.select_rows(token_score(inputs, pool), pool, inputs.valid)
     kept = inputs.replace(
         x=rows.gather(inputs.x),
         delta=rows.gather(inputs.delta),
