@@ -22,6 +22,7 @@ _SMALLEST = 1e-9  # Δ below this share of the channel's largest counts as none
 _FLOAT32_APART = 2.4e-7  # relative distance at which float32 values are surely different
 _NEEDED = 5e-4  # half the mass share kept at 1,000 times the training length; beyond, looser fit
 _LANES = 8192  # channels fitted at a time
+_WINDOW = 16  # points that a line is tried on at a time
 _ROUNDS = 8  # halvings of the interval of log ε
 
 
@@ -242,18 +243,20 @@ class _Walk:
         self._seek(lanes)
 
     def advance(self, lanes: np.ndarray) -> np.ndarray:
-        """Take one more point into each line; True where no line passes it, or none is left."""
-        over = self.next[lanes] >= self.count
-        at = np.where(over, 0, self.next[lanes])
-        run = np.where(over, 1, self.x[lanes, at] - self.pen_x[lanes])
-        pen = self.pen_y[lanes]
-        steepest = np.maximum(self.steepest[lanes], (self.floor[lanes, at] - pen) / run)
-        flattest = np.minimum(self.flattest[lanes], (self.ceiling[lanes, at] - pen) / run)
-        closing = over | (steepest > flattest)
-        on = lanes[~closing]
-        self.steepest[on], self.flattest[on] = steepest[~closing], flattest[~closing]
-        self.next[on] += 1
-        return closing
+        """Take the next few points into each line; True where it cannot pass them all."""
+        at = self.next[lanes, None] + np.arange(_WINDOW)
+        there = at < self.count
+        at = np.where(there, at, self.count - 1)
+        rows = lanes[:, None]
+        run = np.maximum(self.x[rows, at] - self.pen_x[rows], 1)
+        pen = self.pen_y[rows]
+        steepest = _running(np.maximum, self.steepest[lanes], (self.floor[rows, at] - pen) / run)
+        flattest = _running(np.minimum, self.flattest[lanes], (self.ceiling[rows, at] - pen) / run)
+        passed = ((steepest <= flattest)[:, 1:] & there).sum(1)
+        self.steepest[lanes] = np.take_along_axis(steepest, passed[:, None], 1)[:, 0]
+        self.flattest[lanes] = np.take_along_axis(flattest, passed[:, None], 1)[:, 0]
+        self.next[lanes] += passed
+        return passed < _WINDOW
 
     def close(self, lanes: np.ndarray) -> None:
         """End the lines at the last point that they pass, to the precision of two bytes."""
@@ -290,6 +293,11 @@ class _Walk:
         """Find the first point beyond the pen."""
         key = lanes * (_GRID + 2) + self.pen_x[lanes]
         self.next[lanes] = np.searchsorted(self._keys, key, side="right") - lanes * self.count
+
+
+def _running(how: np.ufunc, first: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """Running maximum or minimum along rows (D, W), begun with `first` (D,): (D, W + 1)."""
+    return how.accumulate(np.concatenate([first[:, None], then], axis=1), axis=1)
 
 
 def _nearest_fall(fall: np.ndarray) -> np.ndarray:
