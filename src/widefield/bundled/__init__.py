@@ -66,9 +66,9 @@ def recommended_options(name: str = "base") -> dict[str, dict[str, Any]]:
     path = folder(name) / "methods.json"
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return {name: dict(chosen) for name, chosen in options.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WidefieldError(f"{path} cannot be read ({error}): install widefield again") from None
-    return options
 
 
 def recommended_methods(name: str = "base") -> dict[str, Method]:

@@ -90,7 +90,7 @@ def run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message = _known_failure(error)
+        message = _known_failure(error, args)
         if message is None:
             raise
         return _fail(message) if message else BAD_INPUT
@@ -114,10 +114,10 @@ def _interrupted(line: str) -> int:
     return INTERRUPTED
 
 
-def _known_failure(error: Exception) -> str | None:
+def _known_failure(error: Exception, args: Sequence[str]) -> str | None:
     """One line for failures that are the user's or the machine's, None for our own bugs."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        return _usage(error)
+        return _usage(error, args)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
@@ -126,11 +126,12 @@ def _known_failure(error: Exception) -> str | None:
     return None
 
 
-def _usage(error: Any) -> str:
+def _usage(error: Any, args: Sequence[str]) -> str:
     """A parser's complaint in our own form, with the nearest option and where the help is."""
     context = getattr(error, "ctx", None)
     text = str(error.format_message()).strip()
-    if type(error).__name__ == "NoArgsIsHelpError" or not text:
+    if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+        print(context.get_help(), file=sys.stderr)
         return ""
     path = context.command_path if context is not None else "widefield"
     given = str(getattr(error, "option_name", ""))
@@ -139,5 +140,17 @@ def _usage(error: Any) -> str:
         near = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
         text = f"unknown option {given}{hint}"
+    elif (value := _given(error, args)) and repr(value) not in text:
+        text = text.replace("Invalid value for", f"Invalid value {value!r} for")
     text = text[:1].lower() + text[1:]
     return f"{text.rstrip('.')} (see {path} --help)"
+
+
+def _given(error: Any, args: Sequence[str]) -> str:
+    """What the user gave for the option that an error is about; empty if that cannot be told."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return ""

@@ -133,7 +133,9 @@ class Board:
 
 def percent(share: float) -> str:
     """A share in whole per cent; 100 and 0 only where all or none are right."""
-    return str(min(max(round(100 * share), share > 0), 100 if share >= 1 else 99))
+    if 0 < share < 1:
+        return str(min(max(round(100 * share), 1), 99))
+    return "100" if share >= 1 else "0"
 
 
 class _Filling:

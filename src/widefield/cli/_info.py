@@ -127,7 +127,8 @@ def _method(name: str, options: dict[str, Any]) -> str:
 
 def _layers(calibration: dict[str, Any]) -> Table:
     rule = f"Th {calibration['decay_threshold']:g}, {calibration['reduction']} state"
-    table = Table(title=f"global channels ({rule})", title_style="bold")
+    title = f"global channels ({rule})"
+    table = Table(title=title, title_style="bold", min_width=len(title))
     table.add_column("layer", justify="right")
     table.add_column("share", justify="right")
     for layer, share in calibration["global_share"].items():
