@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.training.card import write_card
+from widefield.tasks.texts import default_haystack
 from widefield.training.data import Corpus, make_batch
 from widefield.training.loop import TrainingResult
 from widefield.training.recipe import Recipe
@@ -72,20 +74,25 @@ def finish(
     from widefield.collect import calibrate
 
     model = round_to_half(result.model).to(device)
-    length = recipe.length
-    rng = np.random.default_rng([recipe.seed, 2])
-    batches = (
-        torch.from_numpy(make_batch(corpus.text, length, 8, 0.0, rng).ids)
-        for _ in range(-(-recipe.calibration_sequences // 8))
-    )
-    calibration = calibrate(
-        model, batches, train_length=length, sequences=recipe.calibration_sequences
-    )
+    calibration = calibrate(model, _calibration_ids(recipe, corpus), train_length=recipe.length, batch_size=8)
     save_checkpoint(result, calibration, _settings(recipe), out, command)
 
 
+def _calibration_ids(recipe: Recipe, corpus: Corpus) -> Tensor:
+    """Half from the corpus, half from the first half of the Python documentation's prose.
+
+    Thresholds from one kind of text are too low for another whose Δ are larger; from both they hold for both.
+    """
+    rng = np.random.default_rng([recipe.seed, 2])
+    half = recipe.calibration_sequences // 2
+    prose = np.frombuffer(default_haystack().text.encode(), dtype=np.uint8)
+    texts = [(corpus.text, recipe.calibration_sequences - half), (prose[: len(prose) // 2], half)]
+    parts = [make_batch(text, recipe.length, count, 0.0, rng).ids for text, count in texts if count]
+    return torch.from_numpy(np.concatenate(parts))
+
+
 def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    longmamba = {"decay_threshold": 4.2e-18, "clamp_share": 0.01, "reduction": "fastest"}
+    longmamba = {"decay_threshold": 1e-30, "clamp_share": 0.003, "reduction": "fastest"}
     if recipe.decimation is None:
         return {"longmamba": longmamba}
     options = recipe.decimation
@@ -93,9 +100,10 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "longmamba": longmamba,
         "decimamba": {
             "layers": list(options.layers),
-            "base_length": 2 * options.keep_max,
+            "base_length": options.keep_max,
             "shrink": 1.0,
             "min_length": options.protect,
+            "protect": options.protect,
             "score": options.score,
             "decay_threshold": options.decay_threshold,
             "clamp_share": options.clamp_share,

@@ -20,7 +20,8 @@ _CHUNK = 32
 _BLOCK = 32
 
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
+_LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 
 @triton.jit
@@ -28,6 +29,16 @@ def _log1p(u):
     # Exact for tiny u too: what the rounding of 1 + u lost is added back to first order.
     w = 1.0 + u
     return tl.log(w) + (u - (w - 1.0)) / w
+
+
+@triton.jit
+def _exp(x):
+    # exp of x ≤ 0 to float32's last places: thousands of these are multiplied along a sequence, and the GPU's own
+    # exp of a product that was rounded once more would drift. Below -87 the result is 0.
+    n = tl.floor(x * _LOG2E + 0.5)
+    fraction = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -n))
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.0, 0.0, tl.exp2(fraction) * power)
 
 
 @triton.jit
@@ -103,7 +114,6 @@ def _forward(
     z_next = x_next
     if HAS_Z:
         z_next = tl.load(zp, mask=dm, other=0.0)
-    rate = A * _LOG2E  # once here, so that a step rounds Δ·A once and not twice before the power
     for t in range(length):
         x = x_next.to(tl.float32)
         raw = r_next.to(tl.float32)
@@ -132,7 +142,7 @@ def _forward(
             vp += svl
             delta = tl.where(ok, delta, 0.0)
             x = tl.where(ok, x, 0.0)
-        h = tl.exp2(delta[:, None] * rate) * h + (delta * x)[:, None] * b[None, :]
+        h = _exp(delta[:, None] * A) * h + (delta * x)[:, None] * b[None, :]
         y = tl.sum(h * c[None, :], axis=1)
         if HAS_D:
             y += skip * x
@@ -185,7 +195,6 @@ def _backward(
         scale = tl.load(scale_ptr + row * scale_row + d64, mask=dm, other=1.0)
     tile = d64[:, None] * states + n[None, :]
     state_offset = row * channels * states + tile
-    rate = A * _LOG2E
     dh = tl.load(dhT_ptr + state_offset, mask=m, other=0.0)
     dA = tl.zeros((BLOCK, STATES), tl.float32)
     dD = tl.zeros((BLOCK,), tl.float32)
@@ -216,7 +225,7 @@ def _backward(
                 ok = tl.load(vp + t * svl) != 0
                 delta = tl.where(ok, delta, 0.0)
                 x = tl.where(ok, x, 0.0)
-            h = tl.exp2(delta[:, None] * rate) * h + (delta * x)[:, None] * b[None, :]
+            h = _exp(delta[:, None] * A) * h + (delta * x)[:, None] * b[None, :]
             tl.store(scratch + (i + 1) * BLOCK * STATES, h)
         tl.debug_barrier()
         for j in range(count):
@@ -257,7 +266,7 @@ def _backward(
             tl.store(dC_ptr + partial + t * states, tl.sum(dy[:, None] * h, axis=0), mask=nm)
             if HAS_D:
                 dD += dy * x
-            a = tl.exp2(delta[:, None] * rate)
+            a = _exp(delta[:, None] * A)
             through = dh * a * before
             into = tl.sum(dh * b[None, :], axis=1)
             dx = delta * into
