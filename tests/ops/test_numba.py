@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from typing import Any
 
 import numba
@@ -17,26 +15,38 @@ from widefield.ops import _numba
 from widefield.ops._numba import BYTES, WIDTH
 
 
-@_numba.kernel
-def apply(which, target, source, count, high, low):
-    for i in range(0, count, WIDTH):
-        x = _numba.load_some(source + i * BYTES, count - i)
-        if which == 0:
-            x = _numba.exp(x)
-        elif which == 1:
-            x = _numba.softplus(x)
-        elif which == 2:
-            x = _numba.silu(x)
-        else:
-            x = _numba.exp_product(x, _numba.full(high), _numba.full(low))
-        _numba.store_some(target + i * BYTES, x, count - i)
+@_numba.inlined
+def _apply_chunk(task, which, target, source, count, rate):
+    """Sixteen numbers of a list. `rate` is the address of two floats."""
+    i = task * WIDTH
+    x = _numba.load_some(source + i * BYTES, count - i)
+    if which == 0:
+        x = _numba.exp(x)
+    elif which == 1:
+        x = _numba.softplus(x)
+    elif which == 2:
+        x = _numba.silu(x)
+    else:
+        x = _numba.exp_product(x, _numba.load_one(rate), _numba.load_one(rate + BYTES))
+    _numba.store_some(target + i * BYTES, x, count - i)
+
+
+@_numba.Kernel
+def apply(call):
+    while True:
+        task = _numba.next_task(call)
+        if task < 0:
+            return
+        _apply_chunk(task, *_numba.arguments(call, 5))
 
 
 def run(which: int, x: Tensor, rate: float = 1.0) -> Tensor:
     y = torch.full_like(x, math.nan)
     exact = rate / math.log(2)
-    high = torch.tensor(exact).item()
-    apply(which, y.data_ptr(), x.data_ptr(), x.numel(), high, exact - high)
+    high = torch.tensor(exact)
+    rates = torch.stack([high, torch.tensor(exact - high.item())])
+    tasks = -(-x.numel() // WIDTH)
+    apply(tasks, which, y.data_ptr(), x.data_ptr(), x.numel(), rates.data_ptr())
     return y
 
 
@@ -84,34 +94,41 @@ def test_silu_is_as_accurate_as_torchs() -> None:
 def test_lanes_beyond_the_count_are_neither_read_nor_written() -> None:
     whole = torch.arange(40.0)
     target = torch.full((40,), -1.0)
-    apply(1, target.data_ptr(), whole.data_ptr(), 19, 0.0, 0.0)
+    apply(2, 1, target.data_ptr(), whole.data_ptr(), 19, 0)
     torch.testing.assert_close(target[:19], F.softplus(whole[:19]))
     assert (target[19:] == -1).all()
 
 
-def test_every_task_is_done_once_whatever_the_number_of_threads() -> None:
-    for threads, tasks in itertools.product((1, 2, 7), (0, 1, 3, 100)):
-        torch.set_num_threads(threads)
-        done: list[int] = []
-        _numba.in_parallel(done.append, range(tasks))
-        assert sorted(done) == list(range(tasks))
+@_numba.inlined
+def _count_visit(task, visits):
+    _numba.store_int(visits + 8 * task, _numba.load_int(visits + 8 * task) + 1)
 
 
-def test_an_error_in_any_thread_is_raised_where_the_work_was_asked_for() -> None:
-    started = threading.Barrier(2, timeout=20)
+@_numba.Kernel
+def visit(call):
+    while True:
+        task = _numba.next_task(call)
+        if task < 0:
+            return
+        _count_visit(task, *_numba.arguments(call, 1))
 
-    def work(task: int) -> None:
-        started.wait()  # so that both threads have a task
-        if threading.current_thread() is not threading.main_thread():
-            raise ValueError("from the helper")
 
-    torch.set_num_threads(2)
-    with pytest.raises(ValueError, match="from the helper"):
-        _numba.in_parallel(work, range(2))
+@pytest.mark.parametrize("team", ["torch's threads", "plain threads"])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_every_task_is_done_once(threads: int, team: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if team == "plain threads":
+        monkeypatch.setattr(_numba, "_torch_team", lambda: None)
+    elif _numba._torch_team() is None:
+        pytest.skip("torch's threads cannot be reached in this build")
+    torch.set_num_threads(threads)
+    for tasks in (0, 1, 3, 1000):
+        visits = torch.zeros(1000, dtype=torch.int64)
+        visit(tasks, visits.data_ptr())
+        assert visits.tolist() == [1] * tasks + [0] * (1000 - tasks)
 
 
 def test_kernels_work_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = numba.njit
+    plain = numba.cfunc
 
     def without_folder(*args: Any, cache: bool = False, **options: Any) -> Any:
         def decorate(function: Any) -> Any:
@@ -121,5 +138,7 @@ def test_kernels_work_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyP
 
         return decorate
 
-    monkeypatch.setattr(_numba.numba, "njit", without_folder)
-    assert _numba.kernel(lambda a, b: a + b)(2, 3) == 5
+    monkeypatch.setattr(_numba.numba, "cfunc", without_folder)
+    visits = torch.zeros(3, dtype=torch.int64)
+    _numba.Kernel(visit._function)(3, visits.data_ptr())
+    assert visits.tolist() == [1, 1, 1]

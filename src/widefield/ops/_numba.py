@@ -12,11 +12,15 @@ below `ops`.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -29,11 +33,10 @@ BYTES = 4  # of a float32
 _FLOAT = ir.FloatType()
 _DOUBLE = ir.DoubleType()
 _INT = ir.IntType(32)
+_LONG = ir.IntType(64)
 _FLOATS = ir.VectorType(_FLOAT, WIDTH)
 _INTS = ir.VectorType(_INT, WIDTH)
 _BITS = ir.VectorType(ir.IntType(1), WIDTH)
-
-Task = TypeVar("Task")
 
 
 class _Lanes(types.Type):
@@ -147,6 +150,18 @@ def load_flag(builder: ir.IRBuilder, address: Any) -> Any:
     """Whether the byte at an address is not zero."""
     byte = builder.load(_pointer(builder, address, ir.IntType(8)))
     return builder.icmp_unsigned("!=", byte, byte.type(0))
+
+
+@_instruction(types.int64, types.int64)
+def load_int(builder: ir.IRBuilder, address: Any) -> Any:
+    """The 64-bit integer at an address."""
+    return builder.load(_pointer(builder, address, _LONG))
+
+
+@_instruction(types.void, types.int64, types.int64)
+def store_int(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """Write a 64-bit integer to an address."""
+    builder.store(value, _pointer(builder, address, _LONG))
 
 
 @_instruction(types.void, types.int64, lanes)
@@ -317,46 +332,102 @@ def silu(x: Any) -> Any:
     return x / (full(1.0) + exp(full(0.0) - x))
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on the first call, release the GIL, keep the result on disk where a folder allows."""
-    try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no folder to write to
-        return numba.njit(nogil=True, error_model="numpy")(function)
+@_instruction(types.int64, types.int64)
+def next_task(builder: ir.IRBuilder, call: Any) -> Any:
+    """The next task of a call that no thread has taken, or -1."""
+    counter = _pointer(builder, call, _LONG)
+    task = builder.atomic_rmw("add", counter, _LONG(1), "monotonic")
+    count = builder.load(builder.gep(counter, [_LONG(1)]))
+    return builder.select(builder.icmp_signed("<", task, count), task, _LONG(-1))
 
 
-def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
-    """Run `work` on every task with torch's number of threads; the caller's thread is one of them.
+@intrinsic(prefer_literal=True)
+def arguments(context: Any, call: Any, count: Any) -> Any:
+    """The first `count` arguments of a call, as a tuple; `count` is written as a number."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
 
-    Plain threads, because kernels release the GIL, and because numba's own thread pools may not be
-    entered by two Python threads at once.
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        first = builder.gep(_pointer(builder, args[0], _LONG), [_LONG(2)])
+        items = [builder.load(builder.gep(first, [_LONG(i)])) for i in range(count.literal_value)]
+        return context.make_tuple(builder, signature.return_type, items)
 
-    Raises:
-        Exception: the first one that `work` raised, in whichever thread.
+    return types.UniTuple(types.int64, count.literal_value)(types.int64, count), emit
+
+
+@intrinsic(prefer_literal=True)
+def scratch(context: Any, size: Any) -> Any:
+    """The address of so many floats on the stack; `size` is written as a number."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        space = cgutils.alloca_once(builder, _FLOAT, size=size.literal_value)
+        space.align = 64
+        return builder.ptrtoint(space, _LONG)
+
+    return types.int64(size), emit
+
+
+class Kernel:
+    """A function of a call's address that works through its tasks, compiled when it is first run.
+
+    It asks `next_task` for a task until there is none, and reads the `arguments`. Several threads
+    may be inside; none needs the GIL.
     """
-    pending = iter(tasks)
-    lock = threading.Lock()
-    errors: list[BaseException] = []
 
-    def run() -> None:
+    def __init__(self, function: Callable[[int], None]) -> None:
+        """Remember the function; `numba` compiles it later."""
+        self._function = function
+
+    @cached_property
+    def _compiled(self) -> Any:
+        signature = types.void(types.int64)
         try:
-            # Only scratch is made in here, and it may be written whatever the caller's mode is.
-            with torch.inference_mode():
-                while not errors:
-                    with lock:
-                        task = next(pending, None)
-                    if task is None:
-                        return
-                    work(task)
-        except BaseException as error:
-            errors.append(error)
+            compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
+        except RuntimeError:  # numba found no folder to write to
+            compiled = numba.cfunc(signature, error_model="numpy")(self._function)
+        return compiled
 
-    count = min(torch.get_num_threads(), len(tasks)) - 1
-    helpers = [threading.Thread(target=run, name="widefield", daemon=True) for _ in range(count)]
+    def __call__(self, tasks: int, *arguments: int) -> None:
+        """Do all tasks with torch's number of threads; the caller's thread is one of them."""
+        compiled = self._compiled
+        call = (ctypes.c_int64 * (2 + len(arguments)))(0, tasks, *arguments)
+        address = ctypes.addressof(call)
+        threads = min(torch.get_num_threads(), tasks)
+        if threads <= 1:
+            compiled.ctypes(address)
+        elif (team := _torch_team()) is not None:
+            team(compiled.address, address, threads, 0)
+        else:
+            _in_plain_threads(compiled.ctypes, address, threads)
+
+
+@functools.cache
+def _torch_team() -> Any:
+    """How GCC's OpenMP runs a function in all threads of a team, from the library that torch uses.
+
+    torch's own threads still wait, spinning, for more work when a kernel follows a matrix product;
+    threads of anyone else's would have to share the processor with them.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        team = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):  # another system, or another build of torch
+        return None
+    team.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    team.restype = None
+    return team
+
+
+def _in_plain_threads(function: Callable[[int], None], address: int, threads: int) -> None:
+    """The same anywhere; `function` is called through ctypes, which releases the GIL."""
+    helpers = [
+        threading.Thread(target=function, args=(address,), name="widefield", daemon=True)
+        for _ in range(threads - 1)
+    ]
     for helper in helpers:
         helper.start()
-    run()
+    function(address)
     for helper in helpers:
         helper.join()
-    if errors:
-        raise errors[0]

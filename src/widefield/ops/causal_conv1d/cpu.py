@@ -9,64 +9,85 @@ from torch import Tensor
 from widefield.ops._numba import (
     BYTES,
     WIDTH,
+    Kernel,
+    arguments,
     fma,
-    in_parallel,
-    kernel,
+    inlined,
     load_number,
     load_some,
+    next_task,
     store_number,
     store_some,
 )
 from widefield.ops._numba import silu as silu_of
 
-CHUNK = 256  # tokens of one task
+CHUNK = 128  # tokens of one task
+SEGMENT = 1024  # tokens that are widened at once where the input is not float32
 
 
-@kernel
-def _convolve(
-    y, y_stride, x, x_stride, before, weight, bias, start, stop, channels, taps, apply_silu
-):
-    """Tokens start to stop of a row; `before` holds the taps - 1 tokens before its first, dense."""
-    for t in range(start, stop):
+@inlined
+def _chunk(
+    task, chunks, length, channels, taps, apply_silu,
+    y, y_row, y_stride, x, x_row, x_stride, before, before_row, before_stride, weight, bias,
+):  # fmt: skip
+    """Some tokens of one row; `before` holds the taps - 1 tokens before the first."""
+    row, start = task // chunks, task % chunks * CHUNK
+    for t in range(start, min(start + CHUNK, length)):
         for block in range(0, channels, WIDTH):
             count = channels - block
             total = load_some(bias + block * BYTES, count)
             for k in range(taps):
                 source = t - taps + 1 + k
-                if source >= 0:
-                    here = x + (source * x_stride + block) * BYTES
-                else:
-                    here = before + ((source + taps - 1) * channels + block) * BYTES
+                here = x + (row * x_row + source * x_stride + block) * BYTES
+                if source < 0:
+                    source += taps - 1
+                    here = before + (row * before_row + source * before_stride + block) * BYTES
                 tap = load_some(weight + (k * channels + block) * BYTES, count)
                 total = fma(tap, load_some(here, count), total)
-            if apply_silu:
+            if apply_silu != 0:
                 total = silu_of(total)
-            store_some(y + (t * y_stride + block) * BYTES, total, count)
+            store_some(y + (row * y_row + t * y_stride + block) * BYTES, total, count)
 
 
-@kernel
-def _step(y, new, x, x_stride, old, weight, bias, rows, channels, taps, apply_silu):
-    """One token of every row; the state (B, D, K) goes from `old` to `new`. Bias 0: None."""
-    for row in range(rows):
-        for d in range(channels):
-            at = (row * channels + d) * taps * BYTES
-            for k in range(taps - 1):
-                store_number(new + at + k * BYTES, load_number(old + at + (k + 1) * BYTES))
-            last = new + at + (taps - 1) * BYTES
-            store_number(last, load_number(x + (row * x_stride + d) * BYTES))
-            total = 0.0
-            if bias != 0:
-                total += load_number(bias + d * BYTES)
-            for k in range(taps):
-                here = at + k * BYTES
-                total += load_number(weight + d * taps * BYTES + k * BYTES) * load_number(
-                    new + here
-                )
-            store_number(y + (row * channels + d) * BYTES, total)
-    if apply_silu:
-        for i in range(0, rows * channels, WIDTH):
-            count, here = rows * channels - i, y + i * BYTES
+@Kernel
+def _convolve(call):
+    while True:
+        task = next_task(call)
+        if task < 0:
+            return
+        _chunk(task, *arguments(call, 16))
+
+
+@inlined
+def _step(row, channels, taps, apply_silu, y, new, x, x_row, old, weight, bias):
+    """One token of one row; its state (D, K) goes from `old` to `new`. Bias 0: None."""
+    y += row * channels * BYTES
+    for d in range(channels):
+        at = (row * channels + d) * taps * BYTES
+        for k in range(taps - 1):
+            store_number(new + at + k * BYTES, load_number(old + at + (k + 1) * BYTES))
+        newest = load_number(x + (row * x_row + d) * BYTES)
+        store_number(new + at + (taps - 1) * BYTES, newest)
+        total = 0.0
+        if bias != 0:
+            total += load_number(bias + d * BYTES)
+        for k in range(taps):
+            tap = load_number(weight + (d * taps + k) * BYTES)
+            total += tap * load_number(new + at + k * BYTES)
+        store_number(y + d * BYTES, total)
+    if apply_silu != 0:
+        for block in range(0, channels, WIDTH):
+            here, count = y + block * BYTES, channels - block
             store_some(here, silu_of(load_some(here, count)), count)
+
+
+@Kernel
+def _one_step(call):
+    while True:
+        row = next_task(call)
+        if row < 0:
+            return
+        _step(row, *arguments(call, 10))
 
 
 def causal_conv1d(
@@ -90,103 +111,58 @@ def causal_conv1d(
         y, dense, in the dtype of x, and the last K inputs (B, D, K).
     """
     with torch.no_grad():
-        if x.stride(-1) != 1:
-            x = x.contiguous()
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        weight = weight.to(x.dtype).float()
+        bias = None if bias is None else bias.to(x.dtype).float().contiguous()
         if x.shape[1] == 1 and initial_state is not None:
             return _one_token(x, weight, bias, silu, initial_state)
-        call = _Convolution(x, weight, bias, silu, initial_state)
-        in_parallel(
-            call.run, [(row, t) for row in range(len(x)) for t in range(0, x.shape[1], CHUNK)]
-        )
-        return call.y, _last_inputs(x, weight.shape[1], initial_state)
+        return _many_tokens(x, weight, bias, silu, initial_state)
 
 
-class _Convolution:
-    """One call: its tensors as the kernel reads them, and the result that it fills."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        silu: bool,
-        initial_state: Tensor | None,
-    ) -> None:
-        batch, _, channels = x.shape
-        self.x, self.silu = x, silu
-        self.weight = weight.to(x.dtype).float().t().contiguous()
-        self.bias = self.weight.new_zeros(channels)
-        if bias is not None:
-            self.bias = bias.to(x.dtype).float().contiguous()
-        if initial_state is None:
-            self.before = self.weight.new_zeros(batch, len(self.weight) - 1, channels)
-        else:
-            self.before = initial_state[..., 1:].to(x.dtype).float().transpose(1, 2).contiguous()
-        self.y = torch.empty(x.shape, dtype=x.dtype)
-
-    def run(self, task: tuple[int, int]) -> None:
-        """Convolve one chunk of tokens of one row."""
-        row, start = task
-        taps, channels = self.weight.shape
-        stop = min(start + CHUNK, self.x.shape[1])
-        first = max(0, start - taps + 1)
-        wide = self.x[row, first:stop].float()
-        y = self.y[row, start:stop]
-        out = y if y.dtype == torch.float32 else torch.empty(y.shape)
+def _many_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = x.shape
+    taps = weight.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, channels, taps)
+    state = initial_state.to(x.dtype).transpose(1, 2)  # (B, K, D), as x lies
+    weight = weight.t().contiguous()
+    bias = weight.new_zeros(channels) if bias is None else bias
+    y = torch.empty(x.shape, dtype=x.dtype)
+    step = length if x.dtype == torch.float32 else SEGMENT
+    for start in range(0, length, step):
+        part = x[:, start : start + step]
+        wide, before = part.float(), state[:, 1:].float().contiguous()
+        out = y if y.dtype == torch.float32 else torch.empty(wide.shape)
+        chunks = -(-wide.shape[1] // CHUNK)
         _convolve(
-            out.data_ptr() - start * channels * BYTES,
-            channels,
-            wide.data_ptr() - first * wide.stride(0) * BYTES,
-            wide.stride(0),
-            self.before.data_ptr() + row * self.before.stride(0) * BYTES,
-            self.weight.data_ptr(),
-            self.bias.data_ptr(),
-            start,
-            stop,
-            channels,
-            taps,
-            self.silu,
+            batch * chunks,
+            *(chunks, wide.shape[1], channels, taps, silu),
+            *(out.data_ptr(), *out.stride()[:2]),
+            *(wide.data_ptr(), *wide.stride()[:2]),
+            *(before.data_ptr(), *before.stride()[:2]),
+            *(weight.data_ptr(), bias.data_ptr()),
         )
         if out is not y:
-            y.copy_(out)
+            y[:, start : start + step] = out
+        state = torch.cat([state, part[:, -taps:]], dim=1)[:, -taps:]
+    return y, state.transpose(1, 2).contiguous()
 
 
 def _one_token(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: the call's own cost is what counts."""
+    """Decoding: what counts is the cost of the call itself."""
     rows, _, channels = x.shape
     wide, old = x.float(), initial_state.float().contiguous()
-    taps = weight.to(x.dtype).float().contiguous()
-    shift = None if bias is None else bias.to(x.dtype).float().contiguous()
+    weight = weight.contiguous()
     y, new = torch.empty(rows, 1, channels), torch.empty(old.shape)
-    _step(
-        y.data_ptr(),
-        new.data_ptr(),
-        wide.data_ptr(),
-        wide.stride(0),
-        old.data_ptr(),
-        taps.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
+    _one_step(
         rows,
-        channels,
-        taps.shape[1],
-        silu,
+        *(channels, weight.shape[1], silu),
+        *(y.data_ptr(), new.data_ptr()),
+        *(wide.data_ptr(), wide.stride(0), old.data_ptr()),
+        *(weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
     )
     return y.to(x.dtype), new.to(x.dtype)
-
-
-def _last_inputs(
-    x: Float[Tensor, "batch length channels"],
-    kernel: int,
-    initial_state: Float[Tensor, "batch channels kernel"] | None,
-) -> Float[Tensor, "batch channels kernel"]:
-    tail = x[:, -kernel:].transpose(1, 2)
-    missing = kernel - tail.shape[2]
-    if missing == 0:
-        return tail.contiguous()
-    if initial_state is None:
-        before = x.new_zeros(x.shape[0], x.shape[2], missing)
-    else:
-        before = initial_state[..., -missing:].to(x.dtype)
-    return torch.cat([before, tail], dim=2)

@@ -11,10 +11,12 @@ from torch import Tensor
 from widefield.ops._numba import (
     BYTES,
     WIDTH,
-    in_parallel,
-    kernel,
+    Kernel,
+    arguments,
+    inlined,
     load_flag,
     load_some,
+    next_task,
     softplus,
     store_number,
     sum_of_squares,
@@ -22,27 +24,41 @@ from widefield.ops._numba import (
 )
 from widefield.plan import Pool, ScanInputs
 
-CHUNK = 256  # tokens of one task
+CHUNK = 128  # tokens of one task
+SEGMENT = 1024  # tokens that are widened at once where Δ is not float32
 
 
-@kernel
-def _score(
-    scores, delta, delta_stride, bias, clamp, weight, valid, tokens, channels, apply_softplus
-):
-    """‖w ⊙ min(Δ, c)‖ of each token, summed in float64. Address 0 of valid stands for None."""
-    for t in range(tokens):
+@inlined
+def _chunk(
+    task, chunks, length, channels, apply_softplus,
+    scores, scores_row, delta, delta_row, delta_stride, bias, clamp, weight, valid, valid_row,
+):  # fmt: skip
+    """‖w ⊙ min(Δ, c)‖ of some tokens of a row, summed in float64. Address 0 of valid: None."""
+    row, start = task // chunks, task % chunks * CHUNK
+    for t in range(start, min(start + CHUNK, length)):
         total = 0.0
-        if valid == 0 or load_flag(valid + t):
+        if valid == 0 or load_flag(valid + row * valid_row + t):
             for block in range(0, channels, WIDTH):
                 count, here = channels - block, block * BYTES
-                value = load_some(delta + (t * delta_stride + block) * BYTES, count)
+                value = load_some(
+                    delta + (row * delta_row + t * delta_stride) * BYTES + here, count
+                )
                 value = value + load_some(bias + here, count)
-                if apply_softplus:
+                if apply_softplus != 0:
                     value = softplus(value)
                 most = load_some(clamp + here, count)
                 value = where(most < value, most, value) * load_some(weight + here, count)
                 total += sum_of_squares(value)
-        store_number(scores + t * BYTES, math.sqrt(total))
+        store_number(scores + (row * scores_row + t) * BYTES, math.sqrt(total))
+
+
+@Kernel
+def _score(call):
+    while True:
+        task = next_task(call)
+        if task < 0:
+            return
+        _chunk(task, *arguments(call, 14))
 
 
 def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
@@ -63,25 +79,18 @@ def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]
         weight = _constants(pool.weight, 1.0, channels)
         valid = None if inputs.valid is None else inputs.valid.contiguous()
         scores = torch.empty(batch, length)
-
-        def run(task: tuple[int, int]) -> None:
-            row, start = task
-            wide = delta[row, start : start + CHUNK].float()
-            offset = row * length + start
+        step = length if delta.dtype == torch.float32 else SEGMENT
+        for start in range(0, length, step):
+            wide = delta[:, start : start + step].float()
+            chunks = -(-wide.shape[1] // CHUNK)
             _score(
-                scores.data_ptr() + offset * BYTES,
-                wide.data_ptr(),
-                wide.stride(0),
-                bias.data_ptr(),
-                clamp.data_ptr(),
-                weight.data_ptr(),
-                0 if valid is None else valid.data_ptr() + offset,
-                len(wide),
-                channels,
-                inputs.delta_softplus,
+                batch * chunks,
+                *(chunks, wide.shape[1], channels, inputs.delta_softplus),
+                *(scores.data_ptr() + start * BYTES, length),
+                *(wide.data_ptr(), *wide.stride()[:2]),
+                *(bias.data_ptr(), clamp.data_ptr(), weight.data_ptr()),
+                *((0, 0) if valid is None else (valid.data_ptr() + start, length)),
             )
-
-        in_parallel(run, [(row, t) for row in range(batch) for t in range(0, length, CHUNK)])
     return scores
 
 

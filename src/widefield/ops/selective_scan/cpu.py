@@ -1,12 +1,12 @@
 """The selective scan on the CPU: one pass over the tokens, nothing of size (L, D, N).
 
-A strip of channels walks along the sequence in chunks of tokens that stay in the cache. For every
-chunk one kernel makes Δ and a second advances the states, reads y out of them, adds the skip and
-gates it.
+A task is a strip of channels of one row. It walks along the sequence in chunks of tokens that stay
+in the cache: first it makes the Δ of a chunk, then it advances the states, reads y out of them,
+adds the skip and gates it.
 
 Whether a token is frozen (Δ < floor) is decided as the reference decides it, to the last bit: our
 softplus and torch's may differ in the last place, so where some Δ lies that close to its floor, the
-decisions of its chunk are torch's own.
+task stops, and goes on with decisions that torch has made for that chunk.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._numba import (
     BYTES,
     WIDTH,
+    Kernel,
     absolute,
     any_lane,
+    arguments,
     exp_product,
     fma,
     full,
-    in_parallel,
-    kernel,
+    inlined,
     load,
     load_flag,
+    load_int,
     load_one,
     load_some,
+    next_task,
     prefetch,
+    scratch,
     silu,
     softplus,
     store,
+    store_int,
     store_some,
     where,
 )
@@ -44,35 +49,45 @@ from widefield.ops.selective_scan.reference import effective_delta
 from widefield.plan import LayerPlan, ScanInputs
 
 STRIP = 64  # channels of one task: four cache lines of each token
-CHUNK = 512  # tokens
-AHEAD = 16  # tokens between a prefetch and its use
+CHUNK = 64  # tokens
+SEGMENT = 1024  # tokens that are widened at once where the inputs are not float32
 _REGISTER = WIDTH * BYTES
 _LOG2E = 1 / math.log(2)
 _SMALL = 1 << 20  # items of a Δ that is cheap to compute whole
 
 
-@kernel
-def _make_steps(steps, delta, delta_stride, constants, tokens, channels, apply_softplus):
-    """Δ of a chunk as [block][token][lane], 0 where frozen. True if one is too near its floor."""
-    close = False
+@inlined
+def _make_steps(steps, delta, stride, constants, tokens, channels, apply_softplus, frozen):
+    """Δ of a chunk as [block][token][lane], 0 where frozen. True if one is too near its floor.
+
+    `frozen` is 0 or the address of decisions that have been made, laid out alike, 1 for frozen.
+    """
+    near = False
     for block in range(0, channels, WIDTH):
         here = constants + 3 * block * BYTES
         bias, scale, floor = load(here), load(here + _REGISTER), load(here + 2 * _REGISTER)
         margin = where(full(0.0) < floor, fma(floor, full(6e-7), full(1e-37)), full(-1.0))
+        ahead = _REGISTER
+        if block + WIDTH >= channels:
+            ahead = (CHUNK * stride - block) * BYTES
         for t in range(tokens):
-            here = delta + (t * delta_stride + block) * BYTES
-            prefetch(here + AHEAD * delta_stride * BYTES)
+            here = delta + (t * stride + block) * BYTES
+            prefetch(here + ahead)
             value = load_some(here, channels - block) + bias
             if apply_softplus:
                 value = softplus(value)
             value = value * scale
-            close |= any_lane(absolute(value - floor) <= margin)
-            value = where(value < floor, full(0.0), value)
-            store(steps + (block * tokens + t * WIDTH) * BYTES, value)
-    return close
+            here = (block * tokens + t * WIDTH) * BYTES
+            if frozen != 0:
+                value = where(full(0.5) < load(frozen + here), full(0.0), value)
+            else:
+                near |= any_lane(absolute(value - floor) <= margin)
+                value = where(value < floor, full(0.0), value)
+            store(steps + here, value)
+    return near
 
 
-@kernel
+@inlined
 def _advance(
     y, y_stride, state, steps, x, x_stride, z, z_stride, B, B_stride, C, C_stride,
     rates, skip, valid, tokens, channels, size,
@@ -86,15 +101,19 @@ def _advance(
         D = load(skip + block * BYTES)
         h = state + block * size * BYTES
         rate = rates + 2 * block * size * BYTES
+        ahead = WIDTH
+        last = block + WIDTH >= channels
         for t in range(tokens):
             out = y + (t * y_stride + block) * BYTES
-            prefetch(out + AHEAD * y_stride * BYTES)
-            prefetch(x + ((t + AHEAD) * x_stride + block) * BYTES)
+            here = x + (t * x_stride + block) * BYTES
+            gate = z + (t * z_stride + block) * BYTES
+            prefetch(out + (CHUNK * y_stride - block if last else ahead) * BYTES)
+            prefetch(here + (CHUNK * x_stride - block if last else ahead) * BYTES)
             if valid != 0 and not load_flag(valid + t):
                 store_some(out, full(0.0), count)
                 continue
             delta = load(steps + (block * tokens + t * WIDTH) * BYTES)
-            token = load_some(x + (t * x_stride + block) * BYTES, count)
+            token = load_some(here, count)
             written = delta * token
             a = b = c = d = full(0.0)  # four partial sums in turn: fewer roundings in a row
             for n in range(size):
@@ -106,10 +125,71 @@ def _advance(
                 a, b, c, d = b, c, d, fma(new, load_one(C + (t * C_stride + n) * BYTES), a)
             total = fma(D, token, (a + c) + (b + d))
             if z != 0:
-                gate = z + (t * z_stride + block) * BYTES
-                prefetch(gate + AHEAD * z_stride * BYTES)
+                prefetch(gate + (CHUNK * z_stride - block if last else ahead) * BYTES)
                 total = total * silu(load_some(gate, count))
             store_some(out, total, count)
+
+
+@inlined
+def _walk(
+    task, strips, length, channels, size, apply_softplus, progress, decisions,
+    y, y_row, y_stride, x, x_row, x_stride, z, z_row, z_stride, delta, delta_row, delta_stride,
+    B, B_row, B_stride, C, C_row, C_stride, valid, valid_row,
+    state, state_row, rates, rates_row, constants, constants_row, skip,
+):  # fmt: skip
+    """Take one strip of one row from where it stands to the end, or to a chunk too near a floor."""
+    row, first = task // strips, task % strips * STRIP
+    channels = min(STRIP, channels - first)
+    steps = scratch(4096)
+    start = load_int(progress + 8 * task)
+    frozen = load_int(decisions + 8 * task)
+    at = first * BYTES
+    while start < length:
+        tokens = min(CHUNK, length - start)
+        near = _make_steps(
+            steps,
+            delta + (row * delta_row + start * delta_stride) * BYTES + at,
+            delta_stride,
+            constants + row * constants_row * BYTES + 3 * at,
+            tokens,
+            channels,
+            apply_softplus != 0,
+            frozen,
+        )
+        if near:
+            break
+        _advance(
+            y + (row * y_row + start * y_stride) * BYTES + at,
+            y_stride,
+            state + row * state_row * BYTES + size * at,
+            steps,
+            x + (row * x_row + start * x_stride) * BYTES + at,
+            x_stride,
+            z + (row * z_row + start * z_stride) * BYTES + at if z != 0 else 0,
+            z_stride,
+            B + (row * B_row + start * B_stride) * BYTES,
+            B_stride,
+            C + (row * C_row + start * C_stride) * BYTES,
+            C_stride,
+            rates + row * rates_row * BYTES + 2 * size * at,
+            skip + at,
+            valid + row * valid_row + start if valid != 0 else 0,
+            tokens,
+            channels,
+            size,
+        )
+        start += tokens
+        frozen = 0
+    store_int(progress + 8 * task, start)
+
+
+@Kernel
+def _scan(call):
+    while True:
+        task = next_task(call)
+        if task < 0:
+            return
+        _walk(task, *arguments(call, 34))
 
 
 def selective_scan(
@@ -124,55 +204,23 @@ def selective_scan(
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    batch, _, channels = inputs.x.shape
     with torch.no_grad():
-        scan = _Scan.prepare(inputs, plan or LayerPlan())
-        in_parallel(scan.run, [(b, c) for b in range(batch) for c in range(0, channels, STRIP)])
-        return scan.y, _from_lanes(scan.state, channels).transpose(1, 2).contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Some tokens of some channels of one row."""
-
-    row: int
-    start: int
-    tokens: int
-    first: int
-    channels: int
-
-    def part(self, tensor: Tensor) -> Tensor:
-        """This chunk of a (B, L, D) tensor."""
-        tokens = slice(self.start, self.start + self.tokens)
-        return tensor[self.row, tokens, self.first : self.first + self.channels]
-
-    def of_row(self, values: Tensor) -> Tensor:
-        """This row's and strip's channels of (1 or B, D) values."""
-        return values[self.row if len(values) > 1 else 0, self.first : self.first + self.channels]
-
-    def address(self, tensor: Tensor, first: int | None = None) -> tuple[int, int]:
-        """Where this chunk of a float32 (B, L, D) tensor begins, and the stride of its tokens."""
-        row, token, _ = tensor.stride()
-        offset = self.row * row + self.start * token + (self.first if first is None else first)
-        return tensor.data_ptr() + offset * BYTES, token
-
-    def read(self, tensor: Tensor) -> tuple[int, int, Tensor]:
-        """The same for any dtype, and what must stay alive meanwhile: narrow dtypes are widened."""
-        if tensor.dtype == torch.float32:
-            return *self.address(tensor), tensor
-        wide = self.part(tensor).float()
-        return wide.data_ptr(), wide.stride(0), wide
-
-    def lanes(self, tensor: Tensor) -> int:
-        """Where this row's and strip's blocks begin in a dense (1 or B, blocks, K, lane) tensor."""
-        row = self.row if len(tensor) > 1 else 0
-        offset = row * tensor.stride(0) + self.first // WIDTH * tensor.stride(1)
-        return tensor.data_ptr() + offset * BYTES
+        run = _Run.prepare(inputs, plan or LayerPlan())
+        large = (inputs.x, inputs.delta, inputs.z)
+        if all(t is None or t.dtype == torch.float32 for t in large):
+            run.segment(0, run.y)
+        else:
+            for start in range(0, inputs.x.shape[1], SEGMENT):
+                y = torch.empty(run.y[:, start : start + SEGMENT].shape)
+                run.segment(start, y)
+                run.y[:, start : start + SEGMENT] = y
+        state = _from_lanes(run.state, inputs.x.shape[2]).transpose(1, 2).contiguous()
+    return run.y, state
 
 
 @dataclass
-class _Scan:
-    """One call: its tensors as the kernels read them, and the results that they fill."""
+class _Run:
+    """One call: its tensors as the kernel reads them, and the results that it fills."""
 
     inputs: ScanInputs  # last dimensions dense; B and C float32
     plan: LayerPlan
@@ -184,7 +232,7 @@ class _Scan:
     torch_delta: Tensor | None = None  # the reference's Δ before the floor, if it was needed
 
     @staticmethod
-    def prepare(inputs: ScanInputs, plan: LayerPlan) -> _Scan:
+    def prepare(inputs: ScanInputs, plan: LayerPlan) -> _Run:
         """Lay out what is small; copy what is large only if its last dimension is strided."""
         batch, _, channels = inputs.x.shape
         A = inputs.A.float()[None]
@@ -199,7 +247,7 @@ class _Scan:
         floor = zeros - math.inf if plan.delta_floor is None else _rows(plan.delta_floor)
         constants = torch.stack(torch.broadcast_tensors(bias, scale, floor), dim=1)
         skip = zeros if inputs.D is None else inputs.D.float()[None]
-        return _Scan(
+        return _Run(
             inputs=inputs.replace(
                 x=_dense(inputs.x),
                 delta=_dense(inputs.delta),
@@ -216,57 +264,52 @@ class _Scan:
             y=torch.empty(inputs.x.shape, dtype=inputs.x.dtype),
         )
 
-    def run(self, task: tuple[int, int]) -> None:
-        """Walk one strip of channels of one row along the whole sequence."""
-        row, first = task
-        _, length, channels = self.y.shape
-        channels = min(STRIP, channels - first)
-        steps = torch.empty(STRIP * min(CHUNK, length))
-        for start in range(0, length, CHUNK):
-            at = _Chunk(row, start, min(CHUNK, length - start), first, channels)
-            self._steps(at, steps)
-            self._advance(at, steps)
-
-    def _steps(self, at: _Chunk, steps: Tensor) -> None:
-        delta, stride, _alive = at.read(self.inputs.delta)
-        shape = at.tokens, at.channels, self.inputs.delta_softplus
-        if not _make_steps(steps.data_ptr(), delta, stride, at.lanes(self.constants), *shape):
-            return
-        open_floor = self.constants.clone()
-        open_floor[:, :, 2] = -math.inf
-        _make_steps(steps.data_ptr(), delta, stride, at.lanes(open_floor), *shape)
-        frozen = _to_lanes(self._frozen(at).float()[None])[0]
-        steps[: frozen.numel()].view(frozen.shape).masked_fill_(frozen.bool(), 0.0)
-
-    def _advance(self, at: _Chunk, steps: Tensor) -> None:
-        inputs, size = self.inputs, self.state.shape[2]
-        x, x_stride, _x = at.read(inputs.x)
-        z, z_stride, _z = (0, 0, None) if inputs.z is None else at.read(inputs.z)
-        valid = inputs.valid
-        wide = self.y.dtype == torch.float32
-        y = self.y if wide else torch.empty(1, at.tokens, at.channels)
-        _advance(
-            *(at.address(y) if wide else (y.data_ptr(), at.channels)),
-            at.lanes(self.state),
-            steps.data_ptr(),
-            *(x, x_stride, z, z_stride),
-            *at.address(inputs.B, first=0),
-            *at.address(inputs.C, first=0),
-            at.lanes(self.rates),
-            at.lanes(self.skip),
-            0 if valid is None else valid.data_ptr() + at.row * valid.stride(0) + at.start,
-            *(at.tokens, at.channels, size),
+    def segment(self, first: int, y: Float[Tensor, "batch length channels"]) -> None:
+        """Scan as many tokens from `first` on as `y` has, and write them to it."""
+        batch, length, channels = y.shape
+        strips = -(-channels // STRIP)
+        part = slice(first, first + length)
+        inputs, valid = self.inputs, self.inputs.valid
+        # These names keep widened copies alive while the kernel reads them.
+        x, delta = inputs.x[:, part].float(), inputs.delta[:, part].float()
+        z = None if inputs.z is None else inputs.z[:, part].float()
+        progress = torch.zeros(batch * strips, dtype=torch.int64)
+        decisions = torch.zeros_like(progress)
+        arguments = (
+            *(strips, length, channels, self.state.shape[2], inputs.delta_softplus),
+            *(progress.data_ptr(), decisions.data_ptr()),
+            *(*_address(y), *_address(x), *_address(z), *_address(delta)),
+            *(*_address(inputs.B[:, part]), *_address(inputs.C[:, part])),
+            *_address(None if valid is None else valid[:, part])[:2],
+            *(*_address(self.state)[:2], *_address(self.rates)[:2]),
+            *(*_address(self.constants)[:2], self.skip.data_ptr()),
         )
-        if not wide:
-            at.part(self.y).copy_(y[0])
+        while True:
+            _scan(batch * strips, *arguments)
+            stopped = [(task, at) for task, at in enumerate(progress.tolist()) if at < length]
+            if not stopped:
+                return
+            made = [
+                self._decide(*divmod(task, strips), first + at, part.stop) for task, at in stopped
+            ]
+            decisions.zero_()
+            for (task, _), frozen in zip(stopped, made, strict=True):
+                decisions[task] = frozen.data_ptr()
 
-    def _frozen(self, at: _Chunk) -> Bool[Tensor, "tokens channels"]:
-        """Which Δ of a chunk the reference finds below their floor."""
+    def _decide(
+        self, row: int, strip: int, start: int, end: int
+    ) -> Float[Tensor, "1 blocks tokens lane"]:
+        """Which tokens of the chunk at `start` the reference freezes, 1 for frozen."""
         floor = self.plan.delta_floor
         assert floor is not None
-        return self._torch_delta(at) < at.of_row(_rows(floor))
+        tokens = slice(start, min(start + CHUNK, end))
+        channels = slice(strip * STRIP, (strip + 1) * STRIP)
+        frozen = self._torch_delta(row, tokens, channels) < _row(floor, row)[channels]
+        return _to_lanes(frozen.float()[None])
 
-    def _torch_delta(self, at: _Chunk) -> Float[Tensor, "tokens channels"]:
+    def _torch_delta(
+        self, row: int, tokens: slice, channels: slice
+    ) -> Float[Tensor, "tokens channels"]:
         """The reference's Δ before the floor.
 
         torch's own result for the last few items of a tensor may differ in the last place, so a
@@ -277,15 +320,14 @@ class _Scan:
             if self.torch_delta is None:
                 unmasked = inputs.replace(valid=None)
                 self.torch_delta = effective_delta(unmasked, LayerPlan(delta_scale=scale))
-            return at.part(self.torch_delta)
-        strip = slice(at.first, at.first + at.channels)
-        delta = at.part(inputs.delta).float()
+            return self.torch_delta[row, tokens, channels]
+        delta = inputs.delta[row, tokens, channels].float()
         if inputs.delta_bias is not None:
-            delta = delta + inputs.delta_bias[strip].float()
+            delta = delta + inputs.delta_bias[channels].float()
         if inputs.delta_softplus:
             shape, more = delta.shape, -delta.numel() % 64
             delta = F.softplus(F.pad(delta.flatten(), (0, more)))[: shape.numel()].view(shape)
-        return delta if scale is None else delta * at.of_row(_rows(scale))
+        return delta if scale is None else delta * _row(scale, row)[channels]
 
 
 def _rows(values: Tensor) -> Float[Tensor, "rows channels"]:
@@ -293,9 +335,21 @@ def _rows(values: Tensor) -> Float[Tensor, "rows channels"]:
     return values.float()[None] if values.ndim == 1 else values.float()
 
 
+def _row(values: Tensor, row: int) -> Float[Tensor, " channels"]:
+    """One row's values of (D,) or (B, D)."""
+    return values.float() if values.ndim == 1 else values[row].float()
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last dimension is strided."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides of rows and tokens; a single row serves them all; zeros for None."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.data_ptr(), 0 if len(tensor) == 1 else tensor.stride(0), tensor.stride(1)
 
 
 def _split_rates(

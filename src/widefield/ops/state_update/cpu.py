@@ -9,12 +9,15 @@ from torch import Tensor
 from widefield.ops._numba import (
     BYTES,
     WIDTH,
+    Kernel,
+    arguments,
     exp,
     fma,
     full,
-    kernel,
+    inlined,
     load_one,
     load_some,
+    next_task,
     silu,
     softplus,
     store_number,
@@ -24,47 +27,56 @@ from widefield.ops._numba import (
 from widefield.ops.state_update import reference
 
 
-@kernel
-def _update(
-    y, state, x, x_stride, delta, delta_stride, A, B, B_stride, C, C_stride, D, z, z_stride, bias,
-    rows, channels, size, apply_softplus,
+@inlined
+def _step(
+    row, channels, size, apply_softplus, y, state, x, x_row, delta, delta_row, z, z_row,
+    B, B_row, C, C_row, A, D, bias,
 ):  # fmt: skip
-    """Advance (B, D, N) states in place; y (B, D) holds Δ on the way.
+    """Advance the state (D, N) of one row in place; its y (D,) holds Δ on the way.
 
     An address of 0 stands for no D, z or bias.
     """
-    for row in range(rows):
-        out = y + row * channels * BYTES
-        for block in range(0, channels, WIDTH):
-            count, here = channels - block, block * BYTES
-            step = load_some(delta + row * delta_stride * BYTES + here, count)
-            if bias != 0:
-                step = step + load_some(bias + here, count)
-            if apply_softplus:
-                step = softplus(step)
-            store_some(out + here, step, count)
-        for d in range(channels):
-            step = load_one(out + d * BYTES)
-            written = step * load_one(x + (row * x_stride + d) * BYTES)
-            total = full(0.0)
-            for n in range(0, size, WIDTH):
-                count, here = size - n, n * BYTES
-                h = state + ((row * channels + d) * size + n) * BYTES
-                decay = exp(step * load_some(A + d * size * BYTES + here, count))
-                new = written * load_some(B + row * B_stride * BYTES + here, count)
-                new = fma(decay, load_some(h, count), new)
-                store_some(h, new, count)
-                total = fma(new, load_some(C + row * C_stride * BYTES + here, count), total)
-            store_number(out + d * BYTES, sum_of_lanes(total))
-        for block in range(0, channels, WIDTH):
-            count, here = channels - block, block * BYTES
-            total = load_some(out + here, count)
-            if D != 0:
-                token = load_some(x + row * x_stride * BYTES + here, count)
-                total = fma(load_some(D + here, count), token, total)
-            if z != 0:
-                total = total * silu(load_some(z + row * z_stride * BYTES + here, count))
-            store_some(out + here, total, count)
+    y += row * channels * BYTES
+    state += row * channels * size * BYTES
+    x += row * x_row * BYTES
+    for block in range(0, channels, WIDTH):
+        count, here = channels - block, block * BYTES
+        step = load_some(delta + row * delta_row * BYTES + here, count)
+        if bias != 0:
+            step = step + load_some(bias + here, count)
+        if apply_softplus != 0:
+            step = softplus(step)
+        store_some(y + here, step, count)
+    for d in range(channels):
+        step = load_one(y + d * BYTES)
+        written = step * load_one(x + d * BYTES)
+        total = full(0.0)
+        for n in range(0, size, WIDTH):
+            count, here = size - n, n * BYTES
+            h = state + d * size * BYTES + here
+            decay = exp(step * load_some(A + d * size * BYTES + here, count))
+            new = written * load_some(B + row * B_row * BYTES + here, count)
+            new = fma(decay, load_some(h, count), new)
+            store_some(h, new, count)
+            total = fma(new, load_some(C + row * C_row * BYTES + here, count), total)
+        store_number(y + d * BYTES, sum_of_lanes(total))
+    for block in range(0, channels, WIDTH):
+        count, here = channels - block, block * BYTES
+        total = load_some(y + here, count)
+        if D != 0:
+            total = fma(load_some(D + here, count), load_some(x + here, count), total)
+        if z != 0:
+            total = total * silu(load_some(z + row * z_row * BYTES + here, count))
+        store_some(y + here, total, count)
+
+
+@Kernel
+def _update(call):
+    while True:
+        row = next_task(call)
+        if row < 0:
+            return
+        _step(row, *arguments(call, 18))
 
 
 def selective_state_update(
@@ -109,20 +121,11 @@ def selective_state_update(
         wide_z, wide_D, wide_bias = (None if t is None else _wide(t) for t in (z, D, delta_bias))
         rates = A.float().contiguous()
         _update(
-            y.data_ptr(),
-            state.data_ptr(),
-            *_address(wide_x),
-            *_address(wide_delta),
-            rates.data_ptr(),
-            *_address(wide_B),
-            *_address(wide_C),
-            _address(wide_D)[0],
-            *_address(wide_z),
-            _address(wide_bias)[0],
             rows,
-            channels,
-            size,
-            delta_softplus,
+            *(channels, size, delta_softplus, y.data_ptr(), state.data_ptr()),
+            *(*_address(wide_x), *_address(wide_delta), *_address(wide_z)),
+            *(*_address(wide_B), *_address(wide_C)),
+            *(rates.data_ptr(), _address(wide_D)[0], _address(wide_bias)[0]),
         )
     return y.to(x.dtype)
 
