@@ -13,7 +13,7 @@ from widefield.tasks.texts import default_haystack, load_haystack, load_texts
 
 def test_the_default_haystack_is_long_plain_text_and_always_the_same() -> None:
     haystack = default_haystack()
-    assert haystack.text.isascii() and len(haystack.text) > 200_000
+    assert haystack.text.isascii() and len(haystack.text) > 100_000
     assert haystack.sha256 == default_haystack().sha256
     assert "pass key" not in haystack.text
 

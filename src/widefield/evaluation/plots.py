@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -303,9 +303,15 @@ def lines(
 
 
 def tuned_points(result: TuneResult) -> list[Point]:
-    """The settings that `tune` asked, for `frontier`, labelled by Th and grouped by C."""
+    """The settings that `tune` asked, for `frontier`: grouped by C, the best labelled by Th."""
     last = {json.dumps(row.options): row for row in result.table if row.share is not None}
-    return [_tuned_point(row, chosen=row is result.row) for row in last.values()]
+    points = [_tuned_point(row, chosen=row is result.row) for row in last.values()]
+    points.sort(key=lambda point: point.group)
+    named = _undominated(points)
+    return [
+        point if point in named or point.chosen or point.cost == 0 else replace(point, label="")
+        for point in points
+    ]
 
 
 def _tuned_point(row: TuneRow, chosen: bool) -> Point:
