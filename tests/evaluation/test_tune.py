@@ -13,8 +13,8 @@ from transformers import ByT5Tokenizer
 
 from tests.evaluation.oracle import oracle
 from tests.models import tiny_mamba
-from widefield.collect import calibrate
 from widefield.calibration import Calibration
+from widefield.collect import calibrate
 from widefield.errors import WidefieldError
 from widefield.evaluation import bench, search
 from widefield.evaluation.plots import frontier, tuned_points
