@@ -13,9 +13,11 @@ from widefield.ops._numba import (
     arguments,
     fma,
     inlined,
+    load,
     load_number,
     load_some,
     next_task,
+    store,
     store_number,
     store_some,
 )
@@ -26,27 +28,62 @@ SEGMENT = 1024  # tokens that are widened at once where the input is not float32
 
 
 @inlined
+def _any_taps(
+    t, y, x, x_stride, before, before_stride, weight, bias, channels, first, taps, apply_silu
+):
+    """Token t, from channel `first` on. `before` holds the taps - 1 tokens before token 0."""
+    for block in range(first, channels, WIDTH):
+        count, at = channels - block, block * BYTES
+        total = load_some(bias + at, count)
+        for k in range(taps):
+            source = t - taps + 1 + k
+            if source < 0:
+                here = before + (source + taps - 1) * before_stride * BYTES
+            else:
+                here = x + source * x_stride * BYTES
+            tap = load_some(weight + k * channels * BYTES + at, count)
+            total = fma(tap, load_some(here + at, count), total)
+        if apply_silu != 0:
+            total = silu_of(total)
+        store_some(y + at, total, count)
+
+
+@inlined
+def _four_taps(y, x, x_stride, weight, bias, channels, apply_silu):
+    """The same for the usual filter, whole blocks, and a token behind the third: no branches."""
+    row, step = x_stride * BYTES, channels * BYTES
+    for block in range(0, channels - WIDTH + 1, WIDTH):
+        at = block * BYTES
+        here, tap = x + at, weight + at
+        total = fma(load(tap), load(here - 3 * row), load(bias + at))
+        total = fma(load(tap + step), load(here - 2 * row), total)
+        total = fma(load(tap + 2 * step), load(here - row), total)
+        total = fma(load(tap + 3 * step), load(here), total)
+        if apply_silu != 0:
+            total = silu_of(total)
+        store(y + at, total)
+
+
+@inlined
 def _chunk(
     task, chunks, length, channels, taps, apply_silu,
     y, y_row, y_stride, x, x_row, x_stride, before, before_row, before_stride, weight, bias,
 ):  # fmt: skip
-    """Some tokens of one row; `before` holds the taps - 1 tokens before the first."""
+    """Some tokens of one row."""
     row, start = task // chunks, task % chunks * CHUNK
+    source = x + row * x_row * BYTES
+    earlier = before + row * before_row * BYTES
     for t in range(start, min(start + CHUNK, length)):
-        for block in range(0, channels, WIDTH):
-            count = channels - block
-            total = load_some(bias + block * BYTES, count)
-            for k in range(taps):
-                source = t - taps + 1 + k
-                here = x + (row * x_row + source * x_stride + block) * BYTES
-                if source < 0:
-                    source += taps - 1
-                    here = before + (row * before_row + source * before_stride + block) * BYTES
-                tap = load_some(weight + (k * channels + block) * BYTES, count)
-                total = fma(tap, load_some(here, count), total)
-            if apply_silu != 0:
-                total = silu_of(total)
-            store_some(y + (row * y_row + t * y_stride + block) * BYTES, total, count)
+        out = y + (row * y_row + t * y_stride) * BYTES
+        first = 0
+        if taps == 4 and t >= 3:
+            here = source + t * x_stride * BYTES
+            _four_taps(out, here, x_stride, weight, bias, channels, apply_silu)
+            first = channels // WIDTH * WIDTH
+        _any_taps(
+            t, out, source, x_stride, earlier, before_stride, weight, bias, channels, first,
+            taps, apply_silu,
+        )  # fmt: skip
 
 
 @Kernel
