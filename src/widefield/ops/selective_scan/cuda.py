@@ -25,13 +25,6 @@ _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 
 @triton.jit
-def _log1p(u):
-    # Exact for tiny u too: what the rounding of 1 + u lost is added back to first order.
-    w = 1.0 + u
-    return tl.log(w) + (u - (w - 1.0)) / w
-
-
-@triton.jit
 def _exp(x):
     # exp of x ≤ 0 to float32's last places: thousands of these are multiplied along a sequence, and the GPU's own
     # exp of a product that was rounded once more would drift. Below -87 the result is 0.
@@ -42,8 +35,23 @@ def _exp(x):
 
 
 @triton.jit
+def _log1p(u):
+    # log(1 + u) of 0 ≤ u ≤ 1 as 2 artanh(u / (2 + u)): a series of eight terms is exact to float32's last places,
+    # which the GPU's own logarithm near 1 is not.
+    s = u / (2.0 + u)
+    q = s * s
+    p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
+    p = tl.fma(q, p, 1.0 / 11.0)
+    p = tl.fma(q, p, 1.0 / 9.0)
+    p = tl.fma(q, p, 1.0 / 7.0)
+    p = tl.fma(q, p, 1.0 / 5.0)
+    p = tl.fma(q, p, 1.0 / 3.0)
+    return 2.0 * tl.fma(s * q, p, s)
+
+
+@triton.jit
 def _softplus(v):
-    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + _log1p(tl.exp(-tl.abs(v))))
+    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + _log1p(_exp(-tl.abs(v))))
 
 
 @triton.jit
