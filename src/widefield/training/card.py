@@ -14,6 +14,8 @@ def write_card(folder: Path) -> None:
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     methods = json.loads((folder / "methods.json").read_text(encoding="utf-8"))
     parts = [_front(record), _training(record), _settings(methods)]
+    if record.get("notes"):
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in record["notes"]) + "\n")
     parts += [_results(path) for path in sorted(folder.glob("results*.json"))]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -21,7 +23,7 @@ def write_card(folder: Path) -> None:
 def _front(record: dict[str, Any]) -> str:
     recipe = record["recipe"]
     shape = recipe["shape"]
-    what = "fine-tuned with decimation on" if recipe["decimation"] else "trained from scratch"
+    what = "fine-tuned with decimation" if recipe["decimation"] else "trained from scratch"
     return (
         "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [mamba, byte-level, passkey]\n---\n\n"
         f"# widefield passkey checkpoint: {recipe['name']}\n\n"
@@ -62,6 +64,7 @@ def _decimation(options: dict[str, Any] | None) -> str:
     return (
         f"layers {list(options['layers'])}, {options['keep_min']} to {options['keep_max']} tokens kept "
         f"(log-uniform, drawn each step), score {options['score']}, last {options['protect']} bytes protected"
+        + (f", ranking loss × {options['rank_weight']:g}" if options.get("rank_weight") else "")
     )
 
 
@@ -76,7 +79,10 @@ def _results(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     header, cells = data["header"], data["cells"]
     lengths = sorted({c["length"] for c in cells})
-    lines = ["| method | " + " | ".join(f"{n:,}" for n in lengths) + " |", "| --- |" + " --- |" * len(lengths)]
+    lines = [
+        "| method | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "| --- |" + " --- |" * len(lengths),
+    ]
     for method in dict.fromkeys(c["method"] for c in cells):
         shares = []
         for length in lengths:
