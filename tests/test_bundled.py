@@ -48,7 +48,8 @@ def test_a_bundled_checkpoint_loads_in_float32_with_all_that_belongs_to_it(name:
 def test_the_measured_methods_can_act_on_their_checkpoint(name: str) -> None:
     layout = describe(load_bundled(name).model)
     methods = recommended_methods(name)
-    assert {"longmamba", "decimamba"} == methods.keys()
+    assert "longmamba" in methods
+    assert name == "base" or "decimamba" in methods
     for registered, method in methods.items():
         assert method.name == registered
         method.validate(layout)

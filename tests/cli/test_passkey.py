@@ -45,7 +45,7 @@ def test_the_demo_leaves_three_grids_a_picture_and_results(wf: CommandLine) -> N
     assert "256*" in done.out and "512*" not in done.out
     assert "* = training length (256 tokens)" in done.out
     *_, right, results_line, picture_line = done.out.splitlines()
-    assert right.startswith("DeciMamba") and "of 10)" in right
+    assert right.startswith("DeciMamba") and "of 10)" in right and right.endswith("% at 512")
     assert (results_line, picture_line) == ("new/demo/results.json", "new/demo/passkey.png")
 
 
@@ -225,6 +225,14 @@ def test_in_a_narrow_terminal_grids_stand_below_each_other(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert all(title in text for title in ("unmodified", "LongMamba", "DeciMamba"))
     assert text.count("depth") == (1 if width == 60 else 3 if width == 20 else 2)
+
+
+def test_a_title_is_whole_over_a_single_length() -> None:
+    out = io.StringIO()
+    shown = board((1024,))
+    with filling(shown, Console(file=out, width=80)):
+        shown.add(cell("longmamba", 1024, 0.0))
+    assert out.getvalue().splitlines()[0].split() == ["unmodified", "LongMamba", "DeciMamba"]
 
 
 def test_in_a_terminal_the_grids_fill_in_place() -> None:

@@ -71,9 +71,11 @@ class Board:
         per_method = len(self.lengths) * len(self.depths)
         return self.methods[min(self.done // per_method, len(self.methods) - 1)]
 
-    def share(self, method: str) -> tuple[int, int]:
-        """Right answers and trials of a method over all its cells."""
-        cells = [cell for cell in self._cells.values() if cell.method == method]
+    def share(self, method: str, length: int | None = None) -> tuple[int, int]:
+        """Right answers and trials of a method, at one length or over all its cells."""
+        cells = [
+            c for c in self._cells.values() if c.method == method and length in (None, c.length)
+        ]
         return sum(cell.correct or 0 for cell in cells), sum(cell.trials for cell in cells)
 
     def row(self, method: str, length: int) -> list[Cell] | None:
@@ -86,7 +88,12 @@ class Board:
         """One method's grid: lengths across, depths down, with their labels or without."""
         trained = self.train_lengths.get(method)
         table = Table(
-            title=title(method), title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False
+            title=title(method),
+            title_style="bold",
+            box=None,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            min_width=len(title(method)),
         )
         if depths:
             table.add_column("depth", justify="right", no_wrap=True)

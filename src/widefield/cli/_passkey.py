@@ -10,9 +10,8 @@ from rich.console import Console
 from widefield.cli._board import Board, filling, tell, title
 from widefield.cli._common import Interrupted
 from widefield.cli._models import choose, load_source, subjects
-from widefield.evaluation.grid import PasskeyGrid
+from widefield.evaluation.grid import PasskeyGrid, length_label
 from widefield.evaluation.header import Subject
-from widefield.evaluation.plots import heatmaps
 from widefield.evaluation.results import Results
 from widefield.evaluation.runner import run_passkey
 from widefield.tasks.texts import Haystack
@@ -71,6 +70,8 @@ def run_board(
 
 def draw(results: Results, folder: Path, trained: dict[str, int | None]) -> Path:
     """One picture of all grids, the training length marked."""
+    from widefield.evaluation.plots import heatmaps  # matplotlib takes a second to import
+
     known = [length for length in trained.values() if length is not None]
     path = folder / "passkey.png"
     heatmaps(results, path, train_length=known[0] if known else None)
@@ -78,8 +79,13 @@ def draw(results: Results, folder: Path, trained: dict[str, int | None]) -> Path
 
 
 def summarise(board: Board) -> None:
-    """The share right of every method over its whole grid."""
+    """The share right of every method, over its whole grid and at the greatest length."""
     width = max(len(title(method)) for method in board.methods)
+    longest = max(board.lengths)
     for method in board.methods:
         right, trials = board.share(method)
-        print(f"{title(method):<{width}}  {right / trials:4.0%} right ({right} of {trials})")
+        at_end, trials_at_end = board.share(method, longest)
+        print(
+            f"{title(method):<{width}}  {right / trials:4.0%} right ({right} of {trials}), "
+            f"{at_end / trials_at_end:.0%} at {length_label(longest)}"
+        )
