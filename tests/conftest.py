@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+
+# A runner in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
