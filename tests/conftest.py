@@ -10,9 +10,6 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# A runner in the background ignores Ctrl-C, and so would the programs that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Before the first import of the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -39,6 +36,9 @@ class KernelsUnchecked(importlib.abc.MetaPathFinder):
 
 jaxtyping.install_import_hook("widefield", f"{shapes.__name__}.check")
 sys.meta_path.insert(0, KernelsUnchecked())
+
+# A runner in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Examples are the same on every machine and every run; compiling a kernel may take its time.
 settings.register_profile(
