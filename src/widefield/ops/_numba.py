@@ -5,15 +5,15 @@ version serves every layout and nothing is copied. They are written in lanes bec
 vectorise a recurrence by itself; it maps the lanes to one AVX-512 register, to two of AVX2, or to
 four of NEON.
 
-The compiled kernels are kept beside the package, or else in the user's cache folder, under a hash
-of the file that holds the kernel. After an edit of *this* file, delete the `__pycache__` folders
-below `ops`.
+The compiled kernels are kept beside the package, or else in the user's cache folder; a change of
+the file that holds the kernel, or of this one, makes new ones.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import inspect
 import operator
 import threading
@@ -279,7 +279,8 @@ def power_of_two(builder: ir.IRBuilder, shifted: Any) -> Any:
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A helper that disappears into the kernels that call it."""
-    return numba.njit(forceinline=True, error_model="numpy")(function)
+    bare = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # it is called by kernels only
+    return numba.njit(forceinline=True, error_model="numpy", **bare)(function)
 
 
 @inlined
@@ -341,8 +342,7 @@ def next_task(builder: ir.IRBuilder, call: Any) -> Any:
     return builder.select(builder.icmp_signed("<", task, count), task, _LONG(-1))
 
 
-@intrinsic(prefer_literal=True)
-def arguments(context: Any, call: Any, count: Any) -> Any:
+def _arguments(context: Any, call: Any, count: Any) -> Any:
     """The first `count` arguments of a call, as a tuple; `count` is written as a number."""
     if not isinstance(count, types.IntegerLiteral):
         return None
@@ -355,8 +355,10 @@ def arguments(context: Any, call: Any, count: Any) -> Any:
     return types.UniTuple(types.int64, count.literal_value)(types.int64, count), emit
 
 
-@intrinsic(prefer_literal=True)
-def scratch(context: Any, size: Any) -> Any:
+arguments: Any = intrinsic(prefer_literal=True)(_arguments)
+
+
+def _scratch(context: Any, size: Any) -> Any:
     """The address of so many floats on the stack; `size` is written as a number."""
     if not isinstance(size, types.IntegerLiteral):
         return None
@@ -367,6 +369,9 @@ def scratch(context: Any, size: Any) -> Any:
         return builder.ptrtoint(space, _LONG)
 
     return types.int64(size), emit
+
+
+scratch: Any = intrinsic(prefer_literal=True)(_scratch)
 
 
 class Kernel:
@@ -383,11 +388,12 @@ class Kernel:
     @cached_property
     def _compiled(self) -> Any:
         signature = types.void(types.int64)
+        # numba looks at the function's own file; its name must say what else it is made of.
+        self._function.__qualname__ = f"{self._function.__name__}_{_fingerprint()}"
         try:
-            compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
-        except RuntimeError:  # numba found no folder to write to
-            compiled = numba.cfunc(signature, error_model="numpy")(self._function)
-        return compiled
+            return numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
+        except (RuntimeError, OSError):  # no folder to write to, or no room left in it
+            return numba.cfunc(signature, error_model="numpy")(self._function)
 
     def __call__(self, tasks: int, *arguments: int) -> None:
         """Do all tasks with torch's number of threads; the caller's thread is one of them."""
@@ -401,6 +407,15 @@ class Kernel:
             team(compiled.address, address, threads, 0)
         else:
             _in_plain_threads(compiled.ctypes, address, threads)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of this file."""
+    try:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    except OSError:  # inside an archive
+        return __name__
 
 
 @functools.cache
