@@ -21,6 +21,7 @@ _POINTS = 512  # centroids that the knots are fitted to
 _SMALLEST = 1e-9  # Δ below this share of the channel's largest counts as none
 _FLOAT32_APART = 2.4e-7  # relative distance at which float32 values are surely different
 _NEEDED = 5e-4  # half the mass share kept at 1,000 times the training length; beyond, looser fit
+_FELT = 0.02  # share of the mass above it that a gap between tokens may move
 _LANES = 8192  # channels fitted at a time
 _WINDOW = 16  # points that a line is tried on at a time
 _ROUNDS = 8  # halvings of the interval of log ε
@@ -62,11 +63,12 @@ def encode(
     sketch: DeltaSketch, knots: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`lowest`, `highest`, `steps` and `falls` (see `decode`) of every channel of a sketch."""
-    values, weights = (t.cpu().numpy() for t in sketch.compressed(_POINTS))
+    values, weights = (t.flip(1).cpu().numpy() for t in sketch.compressed(_POINTS))
+    smallest = sketch.smallest.cpu().numpy()
     parts = []
     for start in range(0, sketch.channels, _LANES):
         lanes = slice(start, start + _LANES)
-        parts.append(_encode(values[lanes], weights[lanes], sketch.tokens, knots))
+        parts.append(_encode(values[lanes], weights[lanes], smallest[lanes], sketch.tokens, knots))
     lowest, highest, steps, falls = (np.concatenate(column) for column in zip(*parts, strict=True))
     return lowest, highest, steps, falls
 
@@ -89,11 +91,13 @@ def _value(lowest: np.ndarray, highest: np.ndarray, position: np.ndarray) -> np.
 
 
 def _encode(
-    values: np.ndarray, weights: np.ndarray, tokens: int, knots: int
+    values: np.ndarray, weights: np.ndarray, smallest: np.ndarray, tokens: int, knots: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    values, weights = values[:, ::-1], weights[:, ::-1]
+    """The curves of a few channels from their ascending centroids."""
     highest = np.maximum(values[:, -1], np.finfo(np.float32).tiny)
-    positive = np.where(values >= _SMALLEST * highest[:, None], values, np.inf).min(1)
+    some = np.maximum(_SMALLEST * highest.astype(np.float64), np.finfo(np.float32).tiny)
+    positive = np.where(values >= some[:, None], values, np.inf).min(1)
+    positive = np.where(smallest >= some, smallest, positive)
     lowest = np.minimum(positive, highest).astype(np.float32)
     points = _Points(values, weights, tokens, lowest, highest)
     steps, falls = _fit(points, knots)
@@ -115,14 +119,24 @@ class _Points:
         self.position = _candidates(values, lowest, highest, size)
         g = _value(lowest, highest, self.position)
         above = np.maximum(_tokens_above(values, weights, g), 0.5)
-        self.log_share = np.log(above / tokens).astype(np.float32)
-        # A curve that is off by less than half a token still parts the calibrated tokens in the
-        # same place.
-        self.least = np.log(np.maximum(above - 0.5, 0.3) / tokens).astype(np.float32)
-        self.most = np.log((above + 0.5) / tokens).astype(np.float32)
         mass = _mass_above(g.astype(np.float64), above)
+        slack = _slack(g, mass)
+        self.log_share = np.log(above / tokens).astype(np.float32)
+        self.least = np.log(np.maximum(above - slack, 0.3) / tokens).astype(np.float32)
+        self.most = np.log((above + slack) / tokens).astype(np.float32)
         needed = _NEEDED * mass[:, :1]
         self.looseness = np.maximum(1, needed / np.maximum(mass, 1e-6 * needed)).astype(np.float32)
+
+
+def _slack(g: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Tokens by which the curve may be off, however few lie above.
+
+    Half a token parts the calibrated tokens in the same place. Less in wide gaps between large
+    tokens: there it would be felt in the mass, which is what a threshold is found by.
+    """
+    wide = np.pad(g, ((0, 0), (2, 2)), mode="edge")
+    gap = wide[:, 4:] - wide[:, :-4]
+    return 0.5 * np.minimum(1, _FELT * mass / np.maximum(gap, 1e-30))
 
 
 def _candidates(
@@ -155,8 +169,8 @@ def _tokens_above(values: np.ndarray, weights: np.ndarray, g: np.ndarray) -> np.
     gap = at(values, right).astype(np.float64) - at(values, left)
     part = np.where(gap > 0, (g - at(values, left)) / np.where(gap > 0, gap, 1), 1.0)
     above = at(middle, left) + (at(middle, right) - at(middle, left)) * np.clip(part, 0, 1)
-    # The log-mean of 0.6 and 1.5 tokens is 1: the mass of the largest token comes out right.
-    above = np.where(g == g[:, -1:], at(inclusive, right) - 0.4, above)
+    # The log-mean of 0.65 and 1.5 tokens is about 1: the mass of the largest one comes out right.
+    above = np.where(g == g[:, -1:], at(inclusive, right) - 0.35, above)
     return np.where(g == g[:, :1], at(inclusive, right), above)
 
 

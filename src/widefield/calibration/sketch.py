@@ -28,6 +28,7 @@ class DeltaSketch:
         channels: D.
         tokens: how many tokens were seen.
         total: (D,) float64, ΣΔ.
+        smallest: (D,) float32, the smallest Δ.
         values: (D, C) float32 centroids, descending; on the device of the first Δ, as all tensors.
         weights: (D, C) float32 tokens of each centroid; 0 marks an unused place.
     """
@@ -54,13 +55,15 @@ class DeltaSketch:
         self.layer = layer
         self.tokens = 0
         self.total = torch.zeros(channels, dtype=torch.float64)
+        self.smallest = torch.full((channels,), torch.inf)
         self.values = torch.zeros(channels, 0)
         self.weights = torch.zeros(channels, 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state."""
-        return self.values.nbytes + self.weights.nbytes + self.total.nbytes
+        state = (self.values, self.weights, self.total, self.smallest)
+        return sum(tensor.nbytes for tensor in state)
 
     def update(self, delta: Float[Tensor, "tokens channels"]) -> None:
         """Add tokens, in any order and any number at a time.
@@ -76,7 +79,8 @@ class DeltaSketch:
         for chunk in delta.detach().split(_CHUNK):
             values = chunk.float().T.contiguous()
             self._check(values)
-            self._merge(values, torch.ones_like(values), chunk.shape[0], values.double().sum(1))
+            self._add(values.double().sum(1), values.amin(1), chunk.shape[0])
+            self._merge(values, torch.ones_like(values))
 
     def merge(self, other: DeltaSketch) -> None:
         """Add all that another sketch of the same layer has seen.
@@ -89,7 +93,8 @@ class DeltaSketch:
                 f"cannot merge sketches of {self.channels} and {other.channels} channels: "
                 "merge sketches of the same layer"
             )
-        self._merge(other.values, other.weights, other.tokens, other.total)
+        self._add(other.total, other.smallest, other.tokens)
+        self._merge(other.values, other.weights)
 
     def compressed(
         self, capacity: int
@@ -116,10 +121,13 @@ class DeltaSketch:
             "which is never below 0"
         )
 
-    def _merge(self, values: Tensor, weights: Tensor, tokens: int, total: Tensor) -> None:
-        device = values.device
+    def _add(self, total: Tensor, smallest: Tensor, tokens: int) -> None:
         self.tokens += tokens
-        self.total = self.total.to(device) + total
+        self.total = self.total.to(total.device) + total
+        self.smallest = torch.minimum(self.smallest.to(smallest.device), smallest)
+
+    def _merge(self, values: Tensor, weights: Tensor) -> None:
+        device = values.device
         values = torch.cat([self.values.to(device), values], 1)
         weights = torch.cat([self.weights.to(device), weights], 1)
         order = _ascending(values).flip(1)
