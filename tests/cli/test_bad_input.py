@@ -226,4 +226,6 @@ def test_results_of_another_run_are_left_as_they_are(wf: CommandLine) -> None:
     before = Path("mine/results.json").read_text()
     assert "belongs to another run" in refused(wf, *args, "--trials", 2)
     assert Path("mine/results.json").read_text() == before
-    json.loads(before)
+    assert wf(*args, "--trials", 2, "--fresh").code == 0
+    assert Path("mine/results.old.json").read_text() == before
+    assert json.loads(Path("mine/results.json").read_text())["cells"][0]["trials"] == 2

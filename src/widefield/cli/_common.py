@@ -19,6 +19,7 @@ __all__ = [
     "out_file",
     "out_folder",
     "positive",
+    "results_folder",
     "settings",
 ]
 
@@ -88,6 +89,18 @@ def input_path(path: Path, option: str) -> Path:
         raise WidefieldError(f"{option} {path}: no such file or folder")
     if not os.access(path, os.R_OK):
         raise WidefieldError(f"{option} {path}: cannot be read; check its permissions")
+    return path
+
+
+def results_folder(path: Path, fresh: bool) -> Path:
+    """A folder for results, as `out_folder`; with `fresh`, results that are there are put aside.
+
+    Raises:
+        WidefieldError: as `out_folder`.
+    """
+    path = out_folder(path)
+    if fresh and (path / "results.json").exists():
+        os.replace(path / "results.json", path / "results.old.json")
     return path
 
 

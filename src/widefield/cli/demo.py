@@ -27,6 +27,9 @@ def demo(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Prompts a cell.", show_default="2")] = None,
     seed: Annotated[int, typer.Option(help="Draws the keys and the text around them.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; results there become results.old.json.")
+    ] = False,
 ) -> None:
     """Find a hidden key at 1 to 16 times the training length.
 
@@ -36,7 +39,7 @@ def demo(
     from widefield.evaluation.grid import PasskeyGrid, parse_depths, parse_lengths
     from widefield.tasks.texts import default_haystack
 
-    folder = _common.out_folder(out)
+    _common.out_folder(out)
     grid = PasskeyGrid(
         parse_lengths(lengths or ("1k,4k,16k" if quick else LENGTHS)),
         parse_depths("0,0.5,1" if quick else DEPTHS),
@@ -47,4 +50,5 @@ def demo(
         from widefield.cli._passkey import bundled_subjects, run_board
 
         subjects = bundled_subjects(METHODS)
+    folder = _common.results_folder(out, fresh)
     run_board(subjects, default_haystack(), grid, folder)

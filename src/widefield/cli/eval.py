@@ -35,6 +35,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; results there become results.old.json.")
+]
 Seed = Annotated[int, typer.Option(help="Draws keys and pieces of text.")]
 BatchTokens = Annotated[
     int | None, typer.Option(help="Most tokens in a batch.", show_default="by free memory")
@@ -64,6 +67,7 @@ def passkey(
     dtype: Dtype = None,
     seed: Seed = 0,
     batch_tokens: BatchTokens = None,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and passkey.png.")] = Path(
         "widefield-results/passkey"
     ),
@@ -74,7 +78,7 @@ def passkey(
 
     grid = PasskeyGrid(parse_lengths(lengths), parse_depths(depths), trials, seed, batch_tokens)
     text = load_haystack(haystack) if haystack is not None else default_haystack()
-    folder = _common.out_folder(out)
+    _common.out_folder(out)
     with _common.busy(f"loading {model}"):
         from widefield.cli import _models
         from widefield.cli._passkey import run_board
@@ -82,6 +86,7 @@ def passkey(
         choice = _models.choose(method, changes, tuned)
         source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
         subjects = _models.subjects(source, choice)
+    folder = _common.results_folder(out, fresh)
     run_board(subjects, text, grid, folder)
 
 
@@ -102,6 +107,7 @@ def bits(
     dtype: Dtype = None,
     seed: Seed = 0,
     batch_tokens: BatchTokens = None,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json.")] = Path(
         "widefield-results/bits"
     ),
@@ -112,7 +118,7 @@ def bits(
 
     grid = BitsGrid(parse_lengths(lengths), windows, last, seed, batch_tokens)
     read = load_texts(texts)
-    folder = _common.out_folder(out)
+    _common.out_folder(out)
     with _common.busy(f"loading {model}"):
         from widefield.cli import _models
         from widefield.cli._bits import run_table
@@ -120,4 +126,5 @@ def bits(
         choice = _models.choose(method, changes, tuned)
         source = _models.load_source(model, device=device, dtype=dtype, calibration=calibration)
         subjects = _models.subjects(source, choice)
+    folder = _common.results_folder(out, fresh)
     run_table(subjects, read, grid, folder)
