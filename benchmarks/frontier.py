@@ -1,6 +1,7 @@
 """Retrieval against quality: LongMamba's clamp share and Th on the bundled checkpoint.
 
-    python -m benchmarks.frontier --haystack BOOKS --texts BOOKS --out benchmarks/results/frontier.json
+    python -m benchmarks.frontier --haystack BOOKS --texts BOOKS --out
+    benchmarks/results/frontier.json
 
 For every setting: the share of passkeys found at one length, and the bits per byte of the last
 bytes of windows of another, on texts whose lines are wrapped as the checkpoint's corpus is. Goes on

@@ -86,7 +86,7 @@ class TestLongMamba:
         extension = model.widefield
         plan = extension.plan
 
-        def spy(layer, seen, new, device):  # noqa: ANN001, ANN202
+        def spy(layer, seen, new, device):
             lengths.append(tuple(s + n for s, n in zip(seen, new, strict=True)))
             return plan(layer, seen, new, device)
 

@@ -1,9 +1,9 @@
 """Longer contexts for live Mamba-family models of transformers.
 
-    import widefield as wf
-    model, tokenizer, calibration = wf.load_bundled()
-    wf.extend(model, wf.LongMamba(calibration))
-    model.generate(...)
+import widefield as wf
+model, tokenizer, calibration = wf.load_bundled()
+wf.extend(model, wf.LongMamba(calibration))
+model.generate(...)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widefield.bundled import load_bundled
-    from widefield.collect import calibrate
     from widefield.calibration import Calibration
+    from widefield.collect import calibrate
     from widefield.errors import WidefieldError
     from widefield.evaluation.tune import tune
     from widefield.extension import extend, extended, restore
@@ -35,7 +35,8 @@ __all__ = [
     "tune",
 ]
 
-# Where each public name lives; imported at first use, so that `import widefield` and `widefield --help` are quick.
+# Where each public name lives; imported at first use, so that `import widefield` and `widefield
+# --help` are quick.
 _HOMES = {
     "Calibration": "widefield.calibration",
     "DeciMamba": "widefield.methods",

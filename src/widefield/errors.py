@@ -1,4 +1,4 @@
-"""The one exception type of bad input: its message says what was given, what was expected, what to do."""
+"""Bad input: what was given, what was expected, what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Put methods into a live transformers model and take them out again.
 
-`extend` swaps the classes of the model's Mamba layers once. From then on each layer's forward asks this module's
-`Extension` for its plan. Nothing global is touched: two models, extended differently, do not see each other.
+`extend` swaps the classes of the model's Mamba layers once. From then on each layer's forward asks
+this module's
+`Extension` for its plan. Nothing global is touched: two models, extended differently, do not see
+each other.
 """
 
 from __future__ import annotations
@@ -55,24 +57,28 @@ class Extension:
         for method in methods:
             if isinstance(method, type) or not isinstance(method, Method):
                 raise WidefieldError(
-                    f"{method!r} is not a method: expected an instance, e.g. wf.LongMamba(calibration)"
+                    f"{method!r} is not a method: expected an instance, e.g. "
+                    "wf.LongMamba(calibration)"
                 )
             method.validate(layout)
         self.layout = layout
         self.methods = tuple(methods)
         self.observer: Observer | None = None
         self._plans: OrderedDict[tuple[Any, ...], LayerPlan] = OrderedDict()
-        plan_layer(self.methods, layout.layers[0], (0,), (1,))  # methods that cannot be combined say so now
+        plan_layer(
+            self.methods, layout.layers[0], (0,), (1,)
+        )  # methods that cannot be combined say so now
 
     def plan(
         self, layer: int, seen: tuple[int, ...] | None, new: tuple[int, ...], device: torch.device
     ) -> LayerPlan | None:
-        """The plan of one layer for a prefill of `new` tokens a row after `seen` ones; None = unmodified."""
+        """The plan for a prefill of `new` tokens a row after `seen` ones; None = unmodified."""
         if not self.methods:
             return None
         if seen is None:
             raise WidefieldError(
-                "this cache was filled before the model was extended, so its context length is unknown: "
+                "this cache was filled before the model was extended, so its context length is "
+                "unknown: "
                 "run the whole prompt through the extended model"
             )
         key = (layer, seen, new, device)
@@ -94,7 +100,9 @@ class Extension:
 
     def __repr__(self) -> str:
         """The methods and their options on one line."""
-        names = [repr(m) for m in self.methods] or ["no method: the unmodified model on widefield's kernels"]
+        names = [repr(m) for m in self.methods] or [
+            "no method: the unmodified model on widefield's kernels"
+        ]
         return f"widefield on {self.layout.model_class}: {' + '.join(names)}"
 
 
@@ -111,7 +119,8 @@ def extend(model: Model, *methods: Method) -> Model:
         The same model object.
 
     Raises:
-        WidefieldError: if the model is not supported, or a method cannot act on it. The model is then unchanged.
+        WidefieldError: if the model is not supported, or a method cannot act on it. The model is
+            then unchanged.
     """
     layout = families.describe(model)
     extension = Extension(layout, methods)
@@ -123,7 +132,7 @@ def extend(model: Model, *methods: Method) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo `extend`: the classes, and so the outputs, are bit for bit those of before. A no-op if not extended."""
+    """Undo `extend`: outputs are bit for bit those of before. A no-op if not extended."""
     extension = model.__dict__.get("widefield")
     if extension is None:
         return model
@@ -134,14 +143,16 @@ def restore(model: Model) -> Model:
             _become(module, original)
             module.__dict__.pop("_widefield", None)
     model.__dict__.pop("_widefield_hook").remove()
-    model.__class__ = type(model).__mro__[2]  # [extended class, _ExtendedModel, the class of before]
+    model.__class__ = type(model).__mro__[
+        2
+    ]  # [extended class, _ExtendedModel, the class of before]
     del model.__dict__["widefield"]
     return model
 
 
 @contextmanager
 def extended(model: Model, *methods: Method) -> Iterator[Model]:
-    """`extend` for the length of a block; what was on before is on again afterwards, whatever happens inside."""
+    """`extend` for the length of a block; afterwards what was on before is on again."""
     before = model.__dict__.get("widefield")
     extend(model, *methods)
     try:
@@ -155,7 +166,7 @@ def extended(model: Model, *methods: Method) -> Iterator[Model]:
 
 @contextmanager
 def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Call `observer(layer, scan_inputs)` in every prefill of the block. Works on stock and extended models.
+    """Call `observer(layer, scan_inputs)` in every prefill, on stock and extended models.
 
     Args:
         model: a supported model.
@@ -175,9 +186,10 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def replace_methods(model: nn.Module, extension: Extension) -> None:
-    """Exchange the methods of an extended model for those of a prepared `Extension`, without a look at its weights.
+    """Exchange the methods of an extended model for those of a prepared `Extension`.
 
-    For loops that change the methods often, where `extend` would take the model's fingerprint each time.
+    For loops that change the methods often, where `extend` would take the model's fingerprint each
+    time.
     """
     _install(model, extension)
 
@@ -199,7 +211,7 @@ def _install(model: nn.Module, extension: Extension) -> None:
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a live module's class; accelerate's hooks hold the old forward, so they are re-pointed."""
+    """Change a live module's class, and the forward that accelerate's hooks hold."""
     module.__class__ = kind
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = MethodType(kind.forward, module)
@@ -215,13 +227,14 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     extension: Extension = model.__dict__["widefield"]
     if kwargs.get("labels") is not None and extension.drops_tokens:
         raise WidefieldError(
-            "labels= needs one logit a token, and DeciMamba drops tokens: compute the loss on the logits of the "
+            "labels= needs one logit a token, and DeciMamba drops tokens: compute the loss on "
+            "the logits of the "
             "protected last tokens (DeciMamba(protect=...)), or restore the model first"
         )
 
 
 class _ExtendedModel:
-    """What the top class of an extended model does differently: it saves what is on beside the weights."""
+    """An extended model's top class: it saves what is on beside the weights."""
 
     widefield: Extension
 
@@ -234,7 +247,8 @@ class _ExtendedModel:
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None:
                 raise WidefieldError(
-                    f"generate({name}=...) rolls the cache back, which a recurrent state cannot: leave it out"
+                    f"generate({name}=...) rolls the cache back, which a recurrent state "
+                    "cannot: leave it out"
                 )
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -255,7 +269,7 @@ def _extended_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def write_extension(extension: Extension, folder: Path) -> None:
-    """Write `widefield.json` and its calibrations (`widefield*.safetensors`) into a saved model's folder."""
+    """Write `widefield.json` and its calibrations into a saved model's folder."""
     if not extension.methods:
         return
     files: dict[int, str] = {}
@@ -301,7 +315,9 @@ def read_methods(folder: Path) -> tuple[Method, ...]:
     for name, options, file in specs:
         if file is not None and file not in calibrations:
             if Path(file).name != file:
-                raise WidefieldError(f"{path} names the calibration {file!r}: expected a file beside it")
+                raise WidefieldError(
+                    f"{path} names the calibration {file!r}: expected a file beside it"
+                )
             calibrations[file] = Calibration.load(folder / file)
         methods.append(from_config(name, options, None if file is None else calibrations[file]))
     return tuple(methods)

@@ -46,11 +46,13 @@ def load(
         path: a folder, or a hub id such as "state-spaces/mamba-130m-hf".
         device: where the model goes.
         dtype: of the weights; None = the checkpoint's own, float16 on a CPU becoming float32.
-        methods: put the methods on that `save_pretrained` wrote; False leaves the model as transformers loads it.
+        methods: put the methods on that `save_pretrained` wrote; False leaves the model as
+            transformers loads it.
         **kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        WidefieldError: if there is no such model, its files are damaged, or saved methods do not fit it.
+        WidefieldError: if there is no such model, its files are damaged, or saved methods do not
+            fit it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,10 +60,11 @@ def load(
     device = torch.device(device)
     if folder.exists() and not (folder / "config.json").is_file():
         raise WidefieldError(
-            f"no model at {folder}: expected a folder with config.json and *.safetensors, or a hub id"
+            f"no model at {folder}: expected a folder with config.json and *.safetensors, or a "
+            "hub id"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype if dtype is not None else "auto", use_safetensors=True, **kwargs
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:

@@ -20,7 +20,8 @@ class ScanInputs:
 
     The recurrence, per channel d and state n, with Δ = softplus(delta + delta_bias):
 
-        h_t = exp(Δ_t · A) ⊙ h_{t-1} + Δ_t · B_t · x_t        y_t = (C_t · h_t + D · x_t) · silu(z_t)
+        h_t = exp(Δ_t · A) ⊙ h_{t-1} + Δ_t · B_t · x_t        y_t = (C_t · h_t + D · x_t) ·
+        silu(z_t)
 
     Tensors are channels-last; the last dimension has stride 1, the others may be strided views.
 
@@ -35,7 +36,8 @@ class ScanInputs:
         delta_bias: added to `delta` before the softplus, or None.
         delta_softplus: whether Δ = softplus(delta + bias).
         initial_state: float32 state before the first token, or None for zeros.
-        valid: False marks padding: the state passes through it unchanged and y is 0. None = all valid.
+        valid: False marks padding: the state passes through it unchanged and y is 0. None = all
+            valid.
     """
 
     x: Float[Tensor, "batch length channels"]
@@ -60,11 +62,13 @@ class Pool:
     """Decimation of one layer's sequence (DeciMamba).
 
     The score of a token is ‖w ⊙ min(Δ_t, c)‖₂ over channels; the paper's is w = 1, c = ∞.
-    Each row of the batch keeps its min(length, keep) best tokens, in order; ties go to the earlier token.
+    Each row of the batch keeps its min(length, keep) best tokens, in order; ties go to the earlier
+    token.
 
     Attributes:
         keep: how many valid tokens a row keeps at most, at least 1.
-        protect: how many of the last tokens are always kept (they count towards `keep`), at least 1.
+        protect: how many of the last tokens are always kept (they count towards `keep`), at least
+            1.
         clamp: per-channel cap c of Δ, or None.
         weight: per-channel weight w ≥ 0, or None.
     """
@@ -87,7 +91,8 @@ def _moved(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
 class LayerPlan:
     """What a method asks of one layer at one context length. Data, not a callback: kernels fuse it.
 
-    Per-channel tensors are float32, of shape (D,) or, where the rows of a batch have different context
+    Per-channel tensors are float32, of shape (D,) or, where the rows of a batch have different
+    context
     lengths, (B, D). A field that is None costs nothing.
 
     Attributes:
@@ -124,9 +129,11 @@ class ModelLayout:
     Attributes:
         model_class: name of the top class, e.g. "MambaForCausalLM".
         fingerprint: hash of the weights that Δ depends on.
-        layers: indices (the model's own numbering) of the layers that hold a Mamba mixer, ascending.
+        layers: indices (the model's own numbering) of the layers that hold a Mamba mixer,
+            ascending.
         channels: channels of each of those layers (D of Mamba-1, heads of Mamba-2).
-        decimation: None if a shorter sequence is sound in this model, else the reason why it is not.
+        decimation: None if a shorter sequence is sound in this model, else the reason why it is
+            not.
     """
 
     model_class: str

@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> MambaForCausalLM:
             bos_token_id=0,
             eos_token_id=1,
             **options,
-        )  # fmt: skip
+        )
     ).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:

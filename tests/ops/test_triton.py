@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: on a GPU (-m gpu), or in Triton's interpreter where Triton is installed."""
+"""The Triton kernels against float64: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _case(
     return tensors, valid, plan
 
 
-def _run(scan, tensors, valid, plan, dtype, device) -> dict[str, Tensor]:  # noqa: ANN001
+def _run(scan, tensors, valid, plan, dtype, device) -> dict[str, Tensor]:
     leaves = {k: t.detach().to(device, dtype).requires_grad_() for k, t in tensors.items()}
     inputs = ScanInputs(**leaves, valid=None if valid is None else valid.to(device))  # type: ignore[arg-type]
     y, state = scan(inputs, plan.to(device))
@@ -135,7 +135,7 @@ def test_convolution_and_gradients_are_as_exact_as_the_reference(
     leaves = [torch.randn(2, length, 20), torch.randn(20, 4), torch.randn(20)]
     state = torch.randn(2, 20, 4) if with_state else None
 
-    def run(conv, dtype, device):  # noqa: ANN001, ANN202
+    def run(conv, dtype, device):
         moved = [t.detach().to(device, dtype).requires_grad_() for t in leaves]
         before = None if state is None else state.to(device, dtype)
         y, last = conv(*moved, silu=True, initial_state=before)

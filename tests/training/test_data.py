@@ -52,12 +52,12 @@ def test_a_corpus_is_read_in_order_and_hashed(tmp_path: Path) -> None:
 def test_a_missing_or_empty_corpus_says_so(tmp_path: Path) -> None:
     with pytest.raises(WidefieldError, match="does not exist"):
         load_corpus([tmp_path / "none"])
-    with pytest.raises(WidefieldError, match="holds no .txt"):
+    with pytest.raises(WidefieldError, match=r"holds no \.txt"):
         load_corpus([tmp_path])
 
 
 def test_an_error_in_the_thread_reaches_the_reader() -> None:
-    def fail():  # noqa: ANN202
+    def fail():
         raise WidefieldError("no more")
 
     with pytest.raises(WidefieldError, match="no more"):

@@ -50,7 +50,8 @@ def _run(
     plan: Any, text: Any, out: Path, init: str | None, device: str, resume: bool, command: str
 ) -> None:
     from widefield.loading import load
-    from widefield.training import finish, train as run_training
+    from widefield.training import finish
+    from widefield.training import train as run_training
 
     start = load(init, device=device, methods=False) if init else None
     model = start.model.float() if start else None
@@ -66,6 +67,7 @@ def _run(
 def _line(progress: Any) -> None:
     typer.echo(
         f"{progress.share:6.1%}  step {progress.step:>6}  {progress.seconds:6.0f} s  "
-        f"length {progress.length:>6}  text {progress.text_loss:.3f}  answers {progress.answer_loss:.4f}  "
+        f"length {progress.length:>6}  text {progress.text_loss:.3f}  answers "
+        f"{progress.answer_loss:.4f}  "
         f"{progress.bytes_per_second / 1e6:.2f} MB/s"
     )

@@ -1,4 +1,4 @@
-"""What differs between the mixers of transformers, and which of them are supported. No method is known here."""
+"""What differs between the mixers of transformers, and which of them are supported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _FAMILIES = {
     ),
 }
 SUPPORTED = ("Mamba (MambaForCausalLM)", "FalconMamba (FalconMambaForCausalLM)")
-# Mamba-family mixers of transformers that are known and not supported yet: never half-extend such a model.
+# Mamba-family mixers of transformers that are known and not supported yet: never half-extend such a
+# model.
 _KNOWN_ELSEWHERE = (
     "JambaMambaMixer",
     "ZambaMambaMixer",
@@ -73,7 +74,8 @@ def mixers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
             found.append((int(module.layer_idx), module))  # type: ignore[arg-type]
     if not found:
         raise WidefieldError(
-            f"{_name(model)} holds no Mamba layer that is supported: supported are {', '.join(SUPPORTED)}"
+            f"{_name(model)} holds no Mamba layer that is supported: supported are "
+            f"{', '.join(SUPPORTED)}"
         )
     yield from sorted(found, key=lambda pair: pair[0])
 
@@ -87,7 +89,8 @@ def _hash_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         return
     flat = tensor.detach().reshape(-1)
-    # bfloat16 so that a checkpoint loaded in another precision is still the same model; at most 4,096 values.
+    # bfloat16 so that a checkpoint loaded in another precision is still the same model; at most
+    # 4,096 values.
     stride = max(1, flat.numel() // 4096)
     values = flat[::stride].to(torch.bfloat16).cpu().contiguous()
     digest.update(values.view(torch.int16).numpy().tobytes())

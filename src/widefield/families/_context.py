@@ -1,8 +1,9 @@
-"""What every mixer needs from outside its own weights: padding, the cache, and the plan of its layer."""
+"""What a mixer needs beside its weights: padding, the cache, and its layer's plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,7 +70,8 @@ def read_padding(mask: Tensor | None, length: int) -> Padding:
         length: L, the tokens of this forward.
 
     Raises:
-        WidefieldError: if the mask is not 2-D, is shorter than the tokens, has a row without a token, holes,
+        WidefieldError: if the mask is not 2-D, is shorter than the tokens, has a row without a
+            token, holes,
             or padding on the right.
     """
     if mask is None:
@@ -79,18 +81,19 @@ def read_padding(mask: Tensor | None, length: int) -> Padding:
         return known[1]
     if mask.ndim != 2:
         raise WidefieldError(
-            f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length) with 1 for tokens "
+            f"attention_mask has shape {tuple(mask.shape)}: expected (batch, length) with 1 "
+            "for tokens "
             "and 0 for left padding"
         )
     if mask.shape[1] < length:
         raise WidefieldError(
-            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one entry a token"
+            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one "
+            "entry a token"
         )
     padding = _check_left_padded(mask[:, -length:].bool(), length)
-    try:
+    # A tensor that takes no attributes is read again by the next layer.
+    with suppress(AttributeError, RuntimeError):
         mask._widefield_padding = ((length, mask._version), padding)  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # a tensor that takes no attributes is read again
-        pass
     return padding
 
 
@@ -102,12 +105,15 @@ def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padd
         row = int(falls.nonzero()[0])
         what = "is right-padded" if not bool(valid[row, -1]) else "has a hole"
         raise WidefieldError(
-            f"attention_mask {what} in row {row}: a state-space model carries padding on in its state; "
+            f"attention_mask {what} in row {row}: a state-space model carries padding on in "
+            "its state; "
             "pad on the left (tokenizer.padding_side = 'left')"
         )
     if not bool(valid[:, -1].all()):
         row = int((~valid[:, -1]).nonzero()[0])
-        raise WidefieldError(f"row {row} of attention_mask has no token: expected at least one a row")
+        raise WidefieldError(
+            f"row {row} of attention_mask has no token: expected at least one a row"
+        )
     return Padding.of_valid(valid, length)
 
 
@@ -137,7 +143,7 @@ class LayerCache:
 
     @property
     def seen(self) -> tuple[int, ...] | None:
-        """Tokens each row has consumed (one number if equal); None if other code filled the cache."""
+        """Tokens each row has consumed, one number if equal; None if not known."""
         if not self.filled:
             return (0,)
         seen = getattr(self.entry, "widefield_seen", None)

@@ -33,9 +33,21 @@ class Mamba1Mixer(nn.Module):
     """
 
     _widefield: Link
+    layer_idx: int
+    activation: str
+    time_step_rank: int
+    ssm_state_size: int
+    act: nn.Module
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    out_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def selective_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw Δ (B, L, D) without its bias, B (B, L, N) and C (B, L, N) of the convolved input x."""
+        """Raw Δ (B, L, D) without bias, B (B, L, N) and C (B, L, N) of the convolved x."""
         low_rank, B, C = torch.split(
             self.x_proj(x),
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size],
@@ -44,7 +56,7 @@ class Mamba1Mixer(nn.Module):
         return self.project_delta(low_rank), B, C
 
     def project_delta(self, low_rank: Tensor) -> Tensor:
-        """dt_proj without its bias, which the scan adds; through the module where it was replaced."""
+        """dt_proj without its bias, which the scan adds; through the module if replaced."""
         projection = self.dt_proj
         if type(projection) is nn.Linear:
             return F.linear(low_rank, projection.weight)
@@ -151,7 +163,8 @@ class Mamba1Mixer(nn.Module):
     def _check_finite(self, state: Tensor) -> None:
         if not bool(torch.isfinite(state).all()):
             raise WidefieldError(
-                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ or input); "
+                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
+                "or input); "
                 "check the model's weights and its dtype (float32 is safest)"
             )
 
@@ -185,7 +198,11 @@ class Mamba1Mixer(nn.Module):
 
 
 class Mamba1Block(nn.Module):
-    """Mixed into a transformers block class: keeps the residual stream in step with the mixer's rows."""
+    """Mixed into a transformers block class: the residual keeps the mixer's rows."""
+
+    norm: nn.Module
+    mixer: Mamba1Mixer
+    residual_in_fp32: bool
 
     def forward(
         self,
@@ -194,10 +211,10 @@ class Mamba1Block(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Norm, mixer, residual; (B, L, H) → (B, L, H), or (B, k, H) where the mixer drops tokens."""
+        """Norm, mixer, residual: (B, L, H) → (B, L, H), or (B, k, H) if tokens are dropped."""
         note = shortened(hidden_states)
         residual = hidden_states
-        normed = self.norm(hidden_states.to(dtype=self.norm.weight.dtype))
+        normed = self.norm(hidden_states.to(self.norm.weight.dtype))  # type: ignore[arg-type]
         if self.residual_in_fp32:
             residual = residual.to(torch.float32)
         mixed, rows = self.mixer.mix(normed, cache_params, attention_mask, note)

@@ -1,4 +1,4 @@
-"""Train the small checkpoints that show the methods at work: data mixing, curriculum, loop, recipes."""
+"""Train small checkpoints: data mixing, curriculum, loop, recipes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ __all__ = ["write_card"]
 
 
 def write_card(folder: Path) -> None:
-    """Write README.md of a checkpoint folder from its training.json, methods.json and results*.json."""
+    """Write README.md of a checkpoint folder from the JSON files in it."""
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     methods = json.loads((folder / "methods.json").read_text(encoding="utf-8"))
     parts = [_front(record), _training(record), _settings(methods)]
@@ -25,11 +25,14 @@ def _front(record: dict[str, Any]) -> str:
     shape = recipe["shape"]
     what = "fine-tuned with decimation" if recipe["decimation"] else "trained from scratch"
     return (
-        "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [mamba, byte-level, passkey]\n---\n\n"
+        "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [mamba, byte-level, "
+        "passkey]\n---\n\n"
         f"# widefield passkey checkpoint: {recipe['name']}\n\n"
         f"A byte-level Mamba-1 (width {shape['hidden_size']}, {shape['layers']} layers, state "
-        f"{shape['state_size']}), {what} on sequences of up to {max(s['length'] for s in recipe['stages']):,} "
-        "bytes. It finds a five-digit key in English text and shows, in two minutes on a CPU, what context "
+        f"{shape['state_size']}), {what} on sequences of up to "
+        f"{max(s['length'] for s in recipe['stages']):,} "
+        "bytes. It finds a five-digit key in English text and shows, in two minutes on a CPU, "
+        "what context "
         "extension does. It is a demonstration, not a language model to write with.\n"
     )
 
@@ -40,21 +43,24 @@ def _training(record: dict[str, Any]) -> str:
     stages = ", ".join(
         f"{s['length']:,} bytes × {s['batch']} to {s['until']:.0%}" for s in recipe["stages"]
     )
-    rows = [
-        ("Command", f"`{record['command']}`"),
-        ("Data", f"{corpus['files']} text files, {corpus['bytes']:,} bytes, sha256 of their bytes in order "
-                 f"`{corpus['sha256']}`"),
-        ("Device", f"{record['device']}, torch {record['torch']}, transformers {record['transformers']}"),
-        ("Time", f"{record['seconds'] / 60:.1f} minutes, {record['steps']:,} steps, {record['bytes'] / 1e6:,.0f} MB read"),
-        ("Curriculum", stages),
-        ("Mixture", f"{recipe['passkey_share']:.0%} passkey samples, the rest plain text"),
-        ("Optimiser", f"AdamW, learning rate {recipe['learning_rate']:g}, cosine to a tenth, weight decay "
-                      f"{recipe['weight_decay']:g}"),
-        ("Decimation", _decimation(recipe["decimation"])),
-        ("Seed", str(recipe["seed"])),
-        ("Last losses", f"text {last['text_loss']:.3f} nats a byte, answer digits {last['answer_loss']:.4f} nats"),
-    ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    minutes, megabytes = record["seconds"] / 60, record["bytes"] / 1e6
+    losses = last["text_loss"], last["answer_loss"]
+    rows = {
+        "Command": f"`{record['command']}`",
+        "Data": f"{corpus['files']} text files, {corpus['bytes']:,} bytes, sha256 of their bytes "
+        f"in order `{corpus['sha256']}`",
+        "Device": f"{record['device']}, torch {record['torch']}, "
+        f"transformers {record['transformers']}",
+        "Time": f"{minutes:.1f} minutes, {record['steps']:,} steps, {megabytes:,.0f} MB read",
+        "Curriculum": stages,
+        "Mixture": f"{recipe['passkey_share']:.0%} passkey samples, the rest plain text",
+        "Optimiser": f"AdamW, learning rate {recipe['learning_rate']:g}, cosine to a tenth, "
+        f"weight decay {recipe['weight_decay']:g}",
+        "Decimation": _decimation(recipe["decimation"]),
+        "Seed": str(recipe["seed"]),
+        "Last losses": f"text {losses[0]:.3f} nats a byte, answer digits {losses[1]:.4f} nats",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"## Training\n\n| | |\n| --- | --- |\n{table}\n"
 
 
@@ -62,8 +68,10 @@ def _decimation(options: dict[str, Any] | None) -> str:
     if not options:
         return "off"
     return (
-        f"layers {list(options['layers'])}, {options['keep_min']} to {options['keep_max']} tokens kept "
-        f"(log-uniform, drawn each step), score {options['score']}, last {options['protect']} bytes protected"
+        f"layers {list(options['layers'])}, {options['keep_min']} to {options['keep_max']} "
+        "tokens kept "
+        f"(log-uniform, drawn each step), score {options['score']}, last {options['protect']} "
+        "bytes protected"
         + (f", ranking loss × {options['rank_weight']:g}" if options.get("rank_weight") else "")
     )
 
@@ -75,7 +83,7 @@ def _settings(methods: dict[str, dict[str, Any]]) -> str:
 
 
 def _results(path: Path) -> str:
-    """One table of a results file: share of fully right answers by method and length, all depths together."""
+    """One table of a results file: share of right answers by method and length."""
     data = json.loads(path.read_text(encoding="utf-8"))
     header, cells = data["header"], data["cells"]
     lengths = sorted({c["length"] for c in cells})
@@ -93,7 +101,8 @@ def _results(path: Path) -> str:
     depths = len({c["depth"] for c in cells})
     trials = max(c["trials"] for c in cells)
     return (
-        f"## Passkey ({path.name})\n\nShare of answers with all five digits right, {depths} depths × {trials} "
+        f"## Passkey ({path.name})\n\nShare of answers with all five digits right, {depths} "
+        f"depths × {trials} "
         f"trials a length, on {header.get('device', 'an unnamed device')}; lengths in bytes.\n\n"
         + "\n".join(lines) + f"\n\nCommand: `{header.get('command', '')}`\n"
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Write a trained model as a folder that `wf.load` reads: half-precision weights, calibration, settings, card."""
+"""Write a trained model as a folder that `wf.load` reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
-from widefield.training.card import write_card
 from widefield.tasks.texts import default_haystack
+from widefield.training.card import write_card
 from widefield.training.data import Corpus, make_batch
 from widefield.training.loop import TrainingResult
 from widefield.training.recipe import Recipe
@@ -62,7 +62,9 @@ def round_to_half(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         half = parameter.data.half()
         if not bool(torch.isfinite(half).all()):
-            raise WidefieldError(f"{name} has values beyond float16 ({parameter.abs().max():.3g} at most)")
+            raise WidefieldError(
+                f"{name} has values beyond float16 ({parameter.abs().max():.3g} at most)"
+            )
         parameter.data = half.float()
     return model
 
@@ -70,18 +72,21 @@ def round_to_half(model: Any) -> Any:
 def finish(
     result: TrainingResult, recipe: Recipe, corpus: Corpus, out: Path, command: str, device: str
 ) -> None:
-    """Round, calibrate and save a trained model with first settings of the methods; `wf.tune` finds better ones."""
+    """Round, calibrate and save a trained model with first settings of the methods."""
     from widefield.collect import calibrate
 
     model = round_to_half(result.model).to(device)
-    calibration = calibrate(model, _calibration_ids(recipe, corpus), train_length=recipe.length, batch_size=8)
+    calibration = calibrate(
+        model, _calibration_ids(recipe, corpus), train_length=recipe.length, batch_size=8
+    )
     save_checkpoint(result, calibration, _settings(recipe), out, command)
 
 
 def _calibration_ids(recipe: Recipe, corpus: Corpus) -> Tensor:
     """Half from the corpus, half from the first half of the Python documentation's prose.
 
-    Thresholds from one kind of text are too low for another whose Δ are larger; from both they hold for both.
+    Thresholds from one kind of text are too low for another whose Δ are larger; from both they hold
+    for both.
     """
     rng = np.random.default_rng([recipe.seed, 2])
     half = recipe.calibration_sequences // 2

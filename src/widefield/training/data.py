@@ -53,7 +53,8 @@ def load_corpus(paths: Sequence[str | Path]) -> Corpus:
     """Read every text file of some files and folders.
 
     Args:
-        paths: files, or folders whose *.txt, *.raw and *.tokens files are read in the order of their names.
+        paths: files, or folders whose *.txt, *.raw and *.tokens files are read in the order of
+            their names.
 
     Raises:
         WidefieldError: if a path does not exist or holds no text.
@@ -68,7 +69,9 @@ def load_corpus(paths: Sequence[str | Path]) -> Corpus:
                 raise WidefieldError(f"corpus folder {path} holds no .txt, .raw or .tokens file")
             files += [(str(p.relative_to(path.parent)), p) for p in inside]
         else:
-            raise WidefieldError(f"corpus {path} does not exist: expected a text file or a folder of them")
+            raise WidefieldError(
+                f"corpus {path} does not exist: expected a text file or a folder of them"
+            )
     text = np.concatenate([np.fromfile(path, dtype=np.uint8) for _, path in files])
     if not len(text):
         raise WidefieldError(f"corpus {', '.join(map(str, paths))} is empty")
@@ -107,12 +110,16 @@ def make_batch(
     for row, start in enumerate(starts, start=passkeys):
         ids[row] = text[start : start + length]
         ids[row] += BYTE_OFFSET
-    digits = np.stack([_needle_digits(row) for row in ids[:passkeys]]) if passkeys else np.empty((0, 0), int)
+    digits = (
+        np.stack([_needle_digits(row) for row in ids[:passkeys]])
+        if passkeys
+        else np.empty((0, 0), int)
+    )
     return Batch(ids, passkeys, digits)
 
 
 def _needle_digits(row: Int[np.ndarray, " length"]) -> Int[np.ndarray, " digits"]:
-    """Positions of the key's digits in the needle of a passkey sample, both times that it is said."""
+    """Positions of the key's digits in a passkey sample's needle, both times."""
     text = (row - BYTE_OFFSET).astype(np.uint8).tobytes()
     key = text[-DIGITS:]
     start = text.index(NEEDLE.partition("{key}")[0].encode() + key)

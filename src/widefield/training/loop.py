@@ -1,4 +1,4 @@
-"""The training loop: curriculum, mixed loss, decimation if the recipe has it, checkpoints to resume from."""
+"""The training loop: curriculum, mixed loss, decimation, checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def new_model(recipe: Recipe) -> Any:
         bos_token_id=0,
         eos_token_id=1,
         initializer_range=0.03,
-        tokenizer_class="ByT5Tokenizer",
     )
+    config.tokenizer_class = "ByT5Tokenizer"  # type: ignore[attr-defined]
     return MambaForCausalLM(config)
 
 
@@ -124,16 +124,16 @@ def train(
 
     mixed = "bf16" if device == "cuda" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device == "cpu")
-    model = new_model(recipe) if model is None else model
-    model.config.use_cache = False
-    model.train()
-    extend(model)
-    layout = model.widefield.layout
-    optimizer = _optimizer(model, recipe, fused=device == "cuda")
-    run = _Run(recipe, corpus, out / "resume", model, optimizer)
+    network: Any = new_model(recipe) if model is None else model
+    network.config.use_cache = False
+    network.train()
+    extend(network)
+    layout = network.widefield.layout
+    optimizer = _optimizer(network, recipe, fused=device == "cuda")
+    run = _Run(recipe, corpus, out / "resume", network, optimizer)
     if resume:
         run.load()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
     decimate = recipe.decimation
     batches = prefetch(run.next_batch)
     recent: list[tuple[Tensor, Tensor, float]] = []
@@ -144,12 +144,12 @@ def train(
             batch = next(batches)
             if decimate:
                 method = _method(decimate, calibration, run.keep(decimate))
-                replace_methods(model, Extension(layout, [method]))
+                replace_methods(network, Extension(layout, [method]))
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(recipe, run.share)
             loss, text_loss, answer_loss = _losses(prepared, batch, decimate, accelerator.device)
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+            accelerator.clip_grad_norm_(network.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             recent.append((text_loss.detach(), answer_loss.detach(), batch.ids.size))
@@ -168,11 +168,11 @@ def train(
         raise
     finally:
         batches.close()  # type: ignore[attr-defined]
-    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    restore(model)
-    model.config.use_cache = True
+    network = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    restore(network)
+    network.config.use_cache = True
     shutil.rmtree(out / "resume", ignore_errors=True)
-    return TrainingResult(model.eval().float(), run.record(device))
+    return TrainingResult(network.eval().float(), run.record(device))
 
 
 def _method(decimate: Decimation, calibration: Calibration | None, keep: int) -> DeciMamba:
@@ -218,7 +218,7 @@ def _learning_rate(recipe: Recipe, share: float) -> float:
 def _losses(
     model: Any, batch: Batch, decimate: Decimation | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole loss, the mean next-byte loss (over the protected bytes if tokens are dropped), and the answers'."""
+    """The whole loss, the next-byte loss (of protected bytes under decimation), the answers'."""
     ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
     length = ids.shape[1]
     judged = length if decimate is None else min(decimate.protect, length)
@@ -261,7 +261,8 @@ def _watched_scores(model: Any, decimate: Decimation | None) -> Iterator[list[Te
 def _rank_loss(score: Tensor, batch: Batch, decimate: Decimation) -> Tensor:
     """How far the digits of the keys are from outscoring the best of all other tokens of the batch.
 
-    softplus(10 · (log s̄ − log s_digit + 0.2)), with s̄ the geometric mean score of the best `rank_share` of the
+    softplus(10 · (log s̄ − log s_digit + 0.2)), with s̄ the geometric mean score of the best
+    `rank_share` of the
     tokens that are neither a digit of a key nor protected.
     """
     log_score = torch.log(score.clamp_min(1e-6))
@@ -271,7 +272,9 @@ def _rank_loss(score: Tensor, batch: Batch, decimate: Decimation) -> Tensor:
     others[rows, digits] = False
     others[:, -decimate.protect :] = False
     rivals = log_score[others]
-    best = rivals.topk(max(1, round(rivals.numel() * decimate.rank_share)), sorted=False).values.mean()
+    best = rivals.topk(
+        max(1, round(rivals.numel() * decimate.rank_share)), sorted=False
+    ).values.mean()
     return F.softplus(10.0 * (best - log_score[rows, digits] + 0.2)).mean()
 
 
@@ -298,7 +301,7 @@ class _Run:
         return min(1.0, self.seconds / self.recipe.seconds)
 
     def next_batch(self) -> Batch:
-        """The batch after the last one made; each has its own random source, so a resumed run goes on alike."""
+        """The next batch; each has its own random source, so a resumed run goes on alike."""
         steps = self.recipe.steps
         stage = self.recipe.stage(self.share if steps is None else self._made / steps)
         rng = np.random.default_rng([self.recipe.seed, self._made])
@@ -354,7 +357,10 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed."""
-        return {"recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))), "corpus": self.corpus.sha256}
+        return {
+            "recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))),
+            "corpus": self.corpus.sha256,
+        }
 
     def save(self) -> None:
         """Write a checkpoint, whole or not at all."""

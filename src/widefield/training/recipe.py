@@ -51,8 +51,10 @@ class Decimation:
         score: importance score of `DeciMamba`.
         decay_threshold: Th of the global channels, for score "global".
         clamp_share: share of tokens at the clamp of Δ, for score "global".
-        rank_weight: weight of the ranking loss, 0 for none: the digits of the passkey are to outscore all but the
-            share `rank_share` of the batch's other tokens. A batch holds as many tokens as a sequence far longer
+        rank_weight: weight of the ranking loss, 0 for none: the digits of the passkey are to
+            outscore all but the
+            share `rank_share` of the batch's other tokens. A batch holds as many tokens as a
+            sequence far longer
             than the training length, so the scores learn to stand out there, too.
         rank_share: the share of other tokens that may score as high.
     """
@@ -86,7 +88,8 @@ class Recipe:
         betas: of AdamW.
         clip: largest norm of the gradient.
         seed: of weights and data.
-        train_length: the length that the checkpoint counts as trained at; default the longest stage's.
+        train_length: the length that the checkpoint counts as trained at; default the longest
+            stage's.
         calibration_sequences: held-out sequences that the finished model is calibrated on.
     """
 
@@ -113,7 +116,8 @@ class Recipe:
         ends = [stage.until for stage in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] != 1.0 or ends[0] <= 0:
             raise WidefieldError(
-                f"recipe {self.name!r}: stages end at {ends}; expected rising shares that end at 1.0"
+                f"recipe {self.name!r}: stages end at {ends}; expected rising shares that end "
+                "at 1.0"
             )
         if not 0 <= self.passkey_share <= 1:
             raise WidefieldError(
@@ -121,7 +125,8 @@ class Recipe:
             )
         if self.decimation and self.decimation.keep_min <= self.decimation.protect:
             raise WidefieldError(
-                f"recipe {self.name!r}: keep_min {self.decimation.keep_min} leaves nothing beside the "
+                f"recipe {self.name!r}: keep_min {self.decimation.keep_min} leaves nothing "
+                "beside the "
                 f"{self.decimation.protect} protected tokens; raise it"
             )
 
@@ -139,7 +144,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        WidefieldError: if the file is missing, is not YAML, or names something a recipe does not have.
+        WidefieldError: if the file is missing, is not YAML, or names something a recipe does not
+            have.
     """
     path = Path(path)
     try:
@@ -147,9 +153,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except OSError as error:
         raise WidefieldError(f"cannot read recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WidefieldError(
-            f"{path} is not YAML: {str(error).splitlines()[0]}"
-        ) from None
+        raise WidefieldError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise WidefieldError(f"{path} holds no recipe: expected keys such as name, stages, seconds")
     stages = values.pop("stages", None)

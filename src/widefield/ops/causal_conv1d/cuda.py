@@ -174,9 +174,7 @@ class _Convolution(torch.autograd.Function):
                 x, weight, bias, state, dy, g, *common,
                 HAS_BIAS=ctx.has_bias, SILU=ctx.silu, **ctx.flags,
             )  # fmt: skip
-            _input_gradient[ctx.grid](
-                x, weight, state, g, dx, dw, db, *common, **ctx.flags
-            )
+            _input_gradient[ctx.grid](x, weight, state, g, dx, dw, db, *common, **ctx.flags)
         dbias = db.sum(0).to(bias.dtype) if ctx.has_bias else None
         return dx, dw.sum(0).to(weight.dtype), dbias, None, None
 
@@ -198,7 +196,7 @@ def causal_conv1d(
 
 
 def _last_inputs(x: Tensor, kernel: int, state: Tensor | None) -> Tensor:
-    """The last K inputs (B, D, K), reaching back into the state or into zeros where x is shorter."""
+    """The last K inputs (B, D, K), from the state or zeros where x is shorter."""
     tail = x[:, -kernel:].transpose(1, 2)
     missing = kernel - tail.shape[-1]
     if missing:

@@ -26,7 +26,8 @@ def causal_conv1d(
         initial_state: the last K inputs before x (as transformers caches them), or None for zeros.
 
     Returns:
-        y in the dtype of x, and the last K inputs (B, D, K), the initial state included, in the dtype of x.
+        y in the dtype of x, and the last K inputs (B, D, K), the initial state included, in the
+        dtype of x.
     """
     kernel = weight.shape[1]
     if initial_state is None:

@@ -1,4 +1,4 @@
-"""Sequence decimation (DeciMamba): score tokens, keep the best in order, gather what belongs to them."""
+"""Sequence decimation (DeciMamba): score tokens, keep the best in order, gather."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
         pool: how many tokens, and how they are scored.
 
     Returns:
-        The inputs over the kept tokens, and the rows that were kept, with which the caller gathers the
+        The inputs over the kept tokens, and the rows that were kept, with which the caller gathers
+        the
         residual stream.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sequence decimation in plain torch: score, top-k in order, gather (differentiable through the gather)."""
+"""Sequence decimation in plain torch: score, top-k in order, differentiable gather."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Rows:
 
     Attributes:
         index: (B, k) positions in the incoming sequence, ascending among the kept tokens of a row.
-        valid: (B, k) False where a row has fewer than k tokens (on the left), or None if all are valid.
+        valid: (B, k) False where a row has fewer than k tokens (on the left), or None if all are
+            valid.
     """
 
     index: Int[Tensor, "batch kept"]
@@ -44,14 +45,14 @@ def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]
 def select_rows(
     score: Float[Tensor, "batch length"], pool: Pool, valid: Bool[Tensor, "batch length"] | None
 ) -> Rows:
-    """The min(length, keep) best tokens of every row, in order, the last `protect` always among them.
+    """The min(length, keep) best tokens of every row, in order, the last `protect` too.
 
     Ties go to the earlier token. Padding (left) is never kept while a row has enough tokens.
 
     Raises:
         WidefieldError: if the score of a valid token is not finite.
     """
-    batch, length = score.shape
+    length = score.shape[1]
     score = score.detach()
     finite = torch.isfinite(score) if valid is None else torch.isfinite(score) | ~valid
     if not bool(finite.all()):

@@ -1,8 +1,11 @@
 """The selective scan in Triton, forward and backward.
 
-One program runs a block of channels of one sequence from its first to its last token and keeps the float32 state
-in registers. The forward saves the state at every `_CHUNK` tokens when gradients are wanted; the backward walks
-the chunks from the last to the first, recomputes the states inside each, and never stores all of them.
+One program runs a block of channels of one sequence from its first to its last token and keeps the
+float32 state
+in registers. The forward saves the state at every `_CHUNK` tokens when gradients are wanted; the
+backward walks
+the chunks from the last to the first, recomputes the states inside each, and never stores all of
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 @triton.jit
 def _exp(x):
-    # exp of x ≤ 0 to float32's last places: thousands of these are multiplied along a sequence, and the GPU's own
+    # exp of x ≤ 0 to float32's last places: thousands of these are multiplied along a sequence, and
+    # the GPU's own
     # exp of a product that was rounded once more would drift. Below -87 the result is 0.
     n = tl.floor(x * _LOG2E + 0.5)
     fraction = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -n))
@@ -36,7 +40,8 @@ def _exp(x):
 
 @triton.jit
 def _log1p(u):
-    # log(1 + u) of 0 ≤ u ≤ 1 as 2 artanh(u / (2 + u)): a series of eight terms is exact to float32's last places,
+    # log(1 + u) of 0 ≤ u ≤ 1 as 2 artanh(u / (2 + u)): a series of eight terms is exact to
+    # float32's last places,
     # which the GPU's own logarithm near 1 is not.
     s = u / (2.0 + u)
     q = s * s
@@ -55,7 +60,9 @@ def _softplus(v):
 
 
 @triton.jit
-def _delta(raw, bias, scale, floor, SOFTPLUS: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr):
+def _delta(
+    raw, bias, scale, floor, SOFTPLUS: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr
+):
     delta = raw + bias
     if SOFTPLUS:
         delta = _softplus(delta)
@@ -114,7 +121,8 @@ def _forward(
     vp = valid_ptr + row * svb
     yp = y_ptr + row * length * channels + d64
     saved = saved_ptr + row * chunks * channels * states + d64[:, None] * states + n[None, :]
-    # The next token's values are asked for before this token's are used: the loads overlap the arithmetic.
+    # The next token's values are asked for before this token's are used: the loads overlap the
+    # arithmetic.
     x_next = tl.load(xp, mask=dm, other=0.0)
     r_next = tl.load(dp, mask=dm, other=0.0)
     b_next = tl.load(bp, mask=nm, other=0.0)
@@ -150,6 +158,8 @@ def _forward(
             vp += svl
             delta = tl.where(ok, delta, 0.0)
             x = tl.where(ok, x, 0.0)
+        else:
+            ok = True
         h = _exp(delta[:, None] * A) * h + (delta * x)[:, None] * b[None, :]
         y = tl.sum(h * c[None, :], axis=1)
         if HAS_D:
@@ -208,7 +218,9 @@ def _backward(
     dD = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
     inner = tl.arange(0, BLOCK)[:, None] * STATES + n[None, :]
-    scratch = scratch_ptr + (row * tl.num_programs(1) + block) * (CHUNK + 1) * BLOCK * STATES + inner
+    scratch = (
+        scratch_ptr + (row * tl.num_programs(1) + block) * (CHUNK + 1) * BLOCK * STATES + inner
+    )
     xp = x_ptr + row * sxb + d64
     dp = delta_ptr + row * sdb + d64
     bp = B_ptr + row * sBb + n
@@ -221,7 +233,9 @@ def _backward(
         chunk = chunks - 1 - reverse
         first = (chunk * CHUNK).to(tl.int64)
         count = tl.minimum(CHUNK, length - chunk * CHUNK)
-        h = tl.load(saved_ptr + (row * chunks + chunk) * channels * states + tile, mask=m, other=0.0)
+        h = tl.load(
+            saved_ptr + (row * chunks + chunk) * channels * states + tile, mask=m, other=0.0
+        )
         tl.store(scratch, h)
         for i in range(count):
             t = first + i
@@ -310,7 +324,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def _per_row(values: Tensor | None) -> tuple[Tensor | None, int]:
-    """Plan values (D,) or (B, D) as float32, and the stride from one row of the batch to the next."""
+    """Plan values (D,) or (B, D) as float32, and the stride from row to row."""
     if values is None:
         return None, 0
     values = values.float().contiguous()
@@ -347,7 +361,8 @@ class _Scan(torch.autograd.Function):
             "CHUNK": _CHUNK, "BLOCK": _BLOCK, "STATES": triton.next_power_of_2(states),
         }  # fmt: skip
         strides = (
-            *_strides(x), *_strides(delta), *_strides(B), *_strides(C), *_strides(z), *_strides(valid),
+            *_strides(x), *_strides(delta), *_strides(B), *_strides(C),
+            *_strides(z), *_strides(valid),
             floor_row, scale_row, decay_row,
         )  # fmt: skip
         grid = (batch, triton.cdiv(channels, _BLOCK))

@@ -13,7 +13,7 @@ from widefield.plan import LayerPlan, ScanInputs
 def effective_delta(
     inputs: ScanInputs, plan: LayerPlan | None = None
 ) -> Float[Tensor, "batch length channels"]:
-    """Δ as the scan uses it: bias, softplus, scale, floor, padding. float32 (float64 if the inputs are).
+    """Δ as the scan uses it: bias, softplus, scale, floor, padding; float32 or float64.
 
     Args:
         inputs: the scan's inputs.
