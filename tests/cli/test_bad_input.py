@@ -32,8 +32,8 @@ def refused(wf: CommandLine, *args: object) -> str:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("dmo",), "Did you mean 'demo'"),
-        (("eval", "passky"), "Did you mean 'passkey'"),
+        (("dmo",), "unknown command dmo: did you mean demo?"),
+        (("eval", "passky"), "unknown command passky: did you mean passkey?"),
         (("demo", "--quik"), "unknown option --quik: did you mean --quick"),
         (("demo", "--trials", "many"), "invalid value 'many' for '--trials'"),
         (("demo", "--trials", "0"), "trials is 0; give at least 1"),

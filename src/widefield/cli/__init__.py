@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -127,23 +127,30 @@ def _known_failure(error: Exception, args: Sequence[str]) -> str | None:
 
 
 def _usage(error: Any, args: Sequence[str]) -> str:
-    """A parser's complaint in our own form, with the nearest option and where the help is."""
+    """A parser's complaint in our own form, with the nearest name and where the help is."""
     context = getattr(error, "ctx", None)
+    kind = type(error).__name__
     text = str(error.format_message()).strip()
-    if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+    if context is None:
+        return text
+    if kind == "NoArgsIsHelpError":
         print(context.get_help(), file=sys.stderr)
         return ""
-    path = context.command_path if context is not None else "widefield"
-    given = str(getattr(error, "option_name", ""))
-    if type(error).__name__ == "NoSuchOption" and context is not None:
-        known = [name for p in context.command.params for name in p.opts + p.secondary_opts]
-        near = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        text = f"unknown option {given}{hint}"
+    if kind == "NoSuchOption":
+        options = [name for p in context.command.params for name in p.opts + p.secondary_opts]
+        text = f"unknown option {error.option_name}{_nearest(error.option_name, options)}"
+    elif text.startswith("No such command"):
+        verb = next(word for word in args if repr(word) in text)
+        text = f"unknown command {verb}{_nearest(verb, context.command.commands)}"
     elif (value := _given(error, args)) and repr(value) not in text:
         text = text.replace("Invalid value for", f"Invalid value {value!r} for")
     text = text[:1].lower() + text[1:]
-    return f"{text.rstrip('.')} (see {path} --help)"
+    return f"{text.rstrip('.')} (see {context.command_path} --help)"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def _given(error: Any, args: Sequence[str]) -> str:
