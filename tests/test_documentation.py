@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What a reader waits for and a test does not.
 SHORTER = {
+    "16_384": "4_096",
     "sequences=16, batch_size=8": "sequences=4, batch_size=4",
     "lengths=[4096], trials=5, windows=1": (
         "lengths=[2048], trials=1, windows=1, last=64, candidates=ONE"
