@@ -1,12 +1,10 @@
-"""Draw the pictures of the documentation from committed result files.
-
-    python -m benchmarks.pictures
-"""
+"""Draw the documentation's pictures from committed result files: `python -m benchmarks.pictures`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from widefield import bundled
 from widefield.evaluation.plots import Point, frontier, heatmaps
@@ -29,23 +27,24 @@ def passkey() -> None:
 def settings() -> None:
     """Every setting of LongMamba by what it finds at 256k and what it costs at 64k."""
     data = json.loads((ROOT / "benchmarks" / "results" / "frontier.json").read_text())
-    plain = next(r["bits_64k"] for r in data["rows"] if r["clamp_share"] is None)
+    rows = [r for r in data["rows"] if r["bits_64k_wrapped"] and r["passkey_256k"] is not None]
+    plain = next(r["bits_64k_wrapped"] for r in rows if r["clamp_share"] is None)
     points = [
         Point(
-            cost=row["bits_64k"] / plain - 1,
+            label=_label(row),
             share=row["passkey_256k"],
-            label="unmodified" if row["clamp_share"] is None else f"Th {row['decay_threshold']:.0e}",
-            group="" if row["clamp_share"] is None else f"C = {row['clamp_share']:.1%}",
+            cost=row["bits_64k_wrapped"] / plain - 1,
+            group="unmodified" if row["clamp_share"] is None else f"C = {row['clamp_share']:.2%}",
+            chosen=row["clamp_share"] == 0.002,
         )
-        for row in data["rows"]
-        if row.get("passkey_256k") is not None
+        for row in rows
     ]
-    frontier(
-        points,
-        ASSETS / "frontier.png",
-        limit=0.03,
-        subtitle="passkey at 256k bytes against bits per byte at 64k, relative to unmodified",
-    )
+    subtitle = "passkey at 256k bytes against bits per byte at 64k, relative to unmodified"
+    frontier(points, ASSETS / "frontier.png", limit=0.03, subtitle=subtitle)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "" if row["clamp_share"] is None else f"Th {row['decay_threshold']:.0e}"
 
 
 if __name__ == "__main__":
