@@ -1,4 +1,4 @@
-"""Draw the documentation's pictures from committed result files: `python -m benchmarks.pictures`."""
+"""Draw the pictures of the documentation: `python -m benchmarks.pictures`."""
 
 from __future__ import annotations
 

@@ -279,7 +279,8 @@ def power_of_two(builder: ir.IRBuilder, shifted: Any) -> Any:
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A helper that disappears into the kernels that call it."""
-    bare = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # it is called by kernels only
+    # It is called by kernels only: no wrappers.
+    bare: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return numba.njit(forceinline=True, error_model="numpy", **bare)(function)
 
 
