@@ -52,7 +52,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Retrieval against quality of LongMamba.")
     parser.add_argument("--haystack", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--length", default="64k", help="of the passkey prompts")
