@@ -79,8 +79,10 @@ class DeltaSketch:
         for chunk in delta.detach().split(_CHUNK):
             values = chunk.float().T.contiguous()
             self._check(values)
+            # The first tokens as they are: there may be no more.
+            places = self.capacity // 2 if self.tokens > self.capacity else chunk.shape[0]
             self._add(values.double().sum(1), values.amin(1), chunk.shape[0])
-            self._merge(values, torch.ones_like(values))
+            self._merge(*_thinned(_sorted(values), places))
 
     def merge(self, other: DeltaSketch) -> None:
         """Add all that another sketch of the same layer has seen.
@@ -134,6 +136,26 @@ class DeltaSketch:
         self.values, self.weights = values.gather(1, order), weights.gather(1, order)
         if values.shape[1] > self.capacity:
             self.values, self.weights = self.compressed(self.capacity)
+
+
+def _sorted(values: Tensor) -> Float[Tensor, "channels tokens"]:
+    """Each row descending."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=1)).flip(1)
+    return values.sort(1, descending=True).values
+
+
+def _thinned(
+    values: Tensor, capacity: int
+) -> tuple[Float[Tensor, "channels places"], Float[Tensor, "channels places"]]:
+    """Single descending tokens as at most `capacity` centroids; cheap, as all rows share ranks."""
+    tokens = values.shape[1]
+    if tokens <= capacity:
+        return values, torch.ones_like(values)
+    end = torch.ceil(_rank_bounds(tokens, capacity) - 0.5).long().unique().to(values.device)
+    weight = end.diff().float().expand(values.shape[0], -1)
+    mass = _between(values.cumsum(1, dtype=torch.float64), end.expand(values.shape[0], -1))
+    return (mass / weight).float(), weight
 
 
 def _ascending(values: Tensor) -> Int[Tensor, "channels places"]:
