@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -63,13 +63,15 @@ def calibrate(
     corpus = _Corpus(train_length, sequences, _vocabulary(model))
     stream = _ids(texts_or_ids, tokenizer, train_length, seed if sequences is not None else None)
     collector = _Collector(layout)
-    with _as_it_is(model), observed(model, collector), _bar(progress, sequences) as advance:
+    with _as_it_is(model), observed(model, collector), _bar(progress, "sequences", sequences) as on:
         for batch in _batches(corpus.pack(stream), batch_size):
             _forward(model, batch)
-            advance(batch.shape[0])
+            on(batch.shape[0])
     corpus.check()
+    with _bar(progress, "layers", len(layout.layers)) as on:
+        layers = collector.layers(on)
     return Calibration(
-        layers=collector.layers(),
+        layers=layers,
         fingerprint=layout.fingerprint,
         model_class=layout.model_class,
         train_length=train_length,
@@ -128,14 +130,16 @@ class _Collector:
             self._rates[layer] = inputs.A.detach().clone()
         self._sketches[layer].update(delta)
 
-    def layers(self) -> dict[int, LayerCalibration]:
-        """The sketches, closed."""
+    def layers(self, on: Callable[[int], None]) -> dict[int, LayerCalibration]:
+        """The sketches, closed; `on` is told of each one."""
         few = sum(self._channels.values()) <= _FEW_CHANNELS
         knots = _KNOTS_FEW if few else _KNOTS_MANY
-        return {
-            layer: LayerCalibration.from_sketch(sketch, self._rates[layer], knots=knots)
-            for layer, sketch in sorted(self._sketches.items())
-        }
+        closed = {}
+        for layer in sorted(self._sketches):
+            sketch, rates = self._sketches.pop(layer), self._rates.pop(layer)
+            closed[layer] = LayerCalibration.from_sketch(sketch, rates, knots=knots)
+            on(1)
+        return closed
 
 
 class _Corpus:
@@ -284,7 +288,7 @@ def _tokenised(text: str, tokenizer: Any | None) -> np.ndarray:
 
 
 @contextmanager
-def _bar(shown: bool, total: int | None) -> Iterator[Any]:
+def _bar(shown: bool, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, or nothing; yields what advances it."""
     if not shown:
         yield lambda count: None
@@ -292,12 +296,7 @@ def _bar(shown: bool, total: int | None) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("sequences"),
-    )
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn(what))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("calibrating", total=total)
         yield lambda count: progress.advance(task, count)
