@@ -47,7 +47,7 @@ def run_search(source: Source, wishes: Wishes, file: Path) -> TuneResult:
 def _tell(row: TuneRow, done: int, planned: int) -> None:
     print(
         f"{done} of at most {planned}: {_options(row.options) or row.stage}: {_share(row)}, "
-        f"{row.cost:+.1%} ({row.seconds:.1f} s)",
+        f"{row.cost:+.1%} bits a byte ({row.seconds:.1f} s)",
         flush=True,
     )
 
