@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.methods.derivation import clamp_value, kept_by_threshold
 from tests.samples import SHAPES, calibrate_layer, calibrate_layers, draw, layout_of
-from widefield.calibration import Calibration, DeltaSketch, LayerCalibration
+from widefield.calibration import Calibration, DeltaSketch, LayerCalibration, encoding
 from widefield.errors import WidefieldError
 
 RATIOS = (1.001, 1.5, 8.0, 64.0, 1000.0)
@@ -244,6 +244,18 @@ def test_a_length_ratio_is_positive() -> None:
         layer.threshold(0.0)
     with pytest.raises(WidefieldError, match="from 0 to 1"):
         layer.quantile(1.2)
+
+
+def test_files_of_format_1_are_decoded_as_ever() -> None:
+    lowest, highest = np.array([0.01, 1.0], np.float32), np.array([1.0, 1.0], np.float32)
+    steps = np.array([[10, 200, 255], [0, 0, 0]], np.uint8)
+    falls = np.array([[5, 60, 200], [0, 3, 0]], np.uint8)
+    position, value, log_share = encoding.decode(lowest, highest, steps, falls)
+    assert position.tolist() == [[10, 237279, 4194304], [0, 0, 0]]
+    np.testing.assert_allclose(value, [[0.01000011, 0.01297608, 1], [1, 1, 1]], rtol=1e-6)
+    wanted = [[-1.53787e-3, -0.222991157, -2.68358324], [0, -5.53633e-4, -5.53633e-4]]
+    np.testing.assert_allclose(log_share, wanted, rtol=1e-5)
+    assert encoding._STEPS.sum() == 82429849
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def _grid_steps() -> np.ndarray:
     return np.concatenate([[0], steps]).astype(np.int64)
 
 
+# Part of the file format: other values need another format number.
 _STEPS = _grid_steps()
 _FALLS = 4.0 * (np.arange(256) / 255) ** 2
 

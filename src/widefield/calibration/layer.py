@@ -25,10 +25,13 @@ class LayerCalibration:
 
     The distribution is stored as U(g), the share of tokens with Δ ≥ g, in knots of two bytes; what
     is computed here is computed from those, so a calibration gives the same thresholds before and
-    after it is saved. U is within about 1.5 % of the calibrated tokens (half a token at least)
-    wherever up to 1,000 times the training length needs it. Tokens with one and the same Δ are kept
-    or frozen together: where they are many, no threshold meets a budget that falls among them, and
-    the one above them is taken.
+    after it is saved. With 128 knots the kept mass is within 1 % of the budget for 99 % of channels
+    and lengths up to 1,000 times the training length, and within 1.5 % for all; with 55 within 2 %
+    and 3.5 % (20,000 tokens of text; one token more or less aside).
+
+    Tokens with one and the same Δ are kept or frozen together, so no threshold meets a budget that
+    falls among many of them; the one above them is taken. The first layer of a byte-level model is
+    like that: its Δ depends on the last few bytes alone.
 
     Attributes:
         tokens: how many tokens were calibrated.
