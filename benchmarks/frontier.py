@@ -1,11 +1,9 @@
 """Retrieval against quality: LongMamba's clamp share and Th on the bundled checkpoint.
 
-    python -m benchmarks.frontier --haystack BOOKS --texts BOOKS --out
-    benchmarks/results/frontier.json
+    python -m benchmarks.frontier --haystack BOOKS --texts BOOKS --device cuda
 
-For every setting: the share of passkeys found at one length, and the bits per byte of the last
-bytes of windows of another, on texts whose lines are wrapped as the checkpoint's corpus is. Goes on
-where an interrupted run stopped.
+For every setting: how many passkeys are found at each of some lengths, and the bits per byte of the
+last bytes of windows of some lengths. Goes on where an interrupted run stopped.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from widefield.evaluation.header import Subject, make_header
 from widefield.evaluation.runner import run_bits, run_passkey
 from widefield.tasks.texts import Haystack, load_haystack, load_texts
 
-CLAMP_SHARES = (0.02, 0.01, 0.005, 0.002)
-THRESHOLDS = (1e-30, 1e-45, 4e-18)
+CLAMP_SHARES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+THRESHOLDS = (1e-17, 1e-22, 1e-30, 1e-45)
 
 
 def wrapped(text: str, width: int) -> str:
@@ -39,13 +37,18 @@ def wrapped(text: str, width: int) -> str:
 def measure(
     subject: Subject, haystack: Haystack, texts: list[str], passkey: PasskeyGrid, bits: BitsGrid
 ) -> dict[str, Any]:
-    """Passkey share, and bits per byte at each length, of one setting."""
+    """Keys found, and bits per byte, at each length, of one setting."""
     began = time.perf_counter()
     found = run_passkey([subject], haystack, passkey).cells
     cost = run_bits([subject], texts, bits).cells
     return {
-        "correct": sum(c.correct or 0 for c in found),
-        "trials": sum(c.trials for c in found),
+        "passkey": {
+            str(length): {
+                "correct": sum(c.correct or 0 for c in found if c.length == length),
+                "trials": sum(c.trials for c in found if c.length == length),
+            }
+            for length in passkey.lengths
+        },
         "bits_per_byte": {str(c.length): c.bits for c in cost},
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -55,11 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Retrieval against quality of LongMamba.")
     parser.add_argument("--haystack", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--length", default="64k", help="of the passkey prompts")
+    parser.add_argument("--lengths", default="64k,256k", help="of the passkey prompts")
     parser.add_argument("--bits-lengths", default="1k,64k")
     parser.add_argument("--trials", type=int, default=4, help="prompts a depth")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--wrap", type=int, default=72, help="columns; 0 leaves the texts alone")
+    parser.add_argument("--wrap", type=int, default=0, help="columns; 0 leaves the texts alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frontier.json"))
@@ -70,7 +73,7 @@ def main() -> None:
     haystack = load_haystack(args.haystack)
     texts = [wrapped(text, args.wrap) for text in load_texts(args.texts)]
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
-    passkey = PasskeyGrid(parse_lengths(args.length), depths, args.trials, args.seed)
+    passkey = PasskeyGrid(parse_lengths(args.lengths), depths, args.trials, args.seed)
     bits = BitsGrid(parse_lengths(args.bits_lengths), args.windows, 1024, args.seed)
     settings: list[dict[str, Any] | None] = [None]
     settings += [{"clamp_share": c, "decay_threshold": t} for t in THRESHOLDS for c in CLAMP_SHARES]

@@ -8,9 +8,10 @@ import pytest
 from widefield.errors import WidefieldError
 from widefield.tasks.passkey import NEEDLE, QUESTION
 from widefield.tasks.tokens import BYTE_OFFSET
-from widefield.training.data import load_corpus, make_batch, prefetch
+from widefield.training.data import Corpus, load_corpus, make_batch, prefetch
 
 TEXT = np.frombuffer(b"The quick brown fox jumps over the lazy dog. " * 40, dtype=np.uint8)
+CORPUS = Corpus(TEXT, ("fox.txt",), "0" * 64)
 
 
 def as_text(ids: np.ndarray) -> str:
@@ -18,7 +19,7 @@ def as_text(ids: np.ndarray) -> str:
 
 
 def test_passkey_rows_end_in_their_key_and_the_rest_is_plain() -> None:
-    batch = make_batch(TEXT, 300, 6, 0.5, np.random.default_rng(0))
+    batch = make_batch(CORPUS, 300, 6, 0.5, np.random.default_rng(0))
     assert batch.passkeys == 3
     for row in batch.ids[:3]:
         text = as_text(row)
@@ -31,13 +32,13 @@ def test_passkey_rows_end_in_their_key_and_the_rest_is_plain() -> None:
 
 
 def test_the_same_seed_makes_the_same_batch() -> None:
-    one, two = (make_batch(TEXT, 300, 4, 0.5, np.random.default_rng(7)) for _ in range(2))
+    one, two = (make_batch(CORPUS, 300, 4, 0.5, np.random.default_rng(7)) for _ in range(2))
     assert np.array_equal(one.ids, two.ids)
 
 
 def test_a_corpus_that_is_too_short_says_so() -> None:
     with pytest.raises(WidefieldError, match="the corpus has 9 bytes"):
-        make_batch(TEXT[:9], 300, 4, 0.5, np.random.default_rng(0))
+        make_batch(Corpus(TEXT[:9], ("fox.txt",), ""), 300, 4, 0.5, np.random.default_rng(0))
 
 
 def test_a_corpus_is_read_in_order_and_hashed(tmp_path: Path) -> None:
@@ -62,3 +63,18 @@ def test_an_error_in_the_thread_reaches_the_reader() -> None:
 
     with pytest.raises(WidefieldError, match="no more"):
         next(prefetch(fail))
+
+
+def test_unwrapping_joins_the_lines_of_a_paragraph_and_leaves_the_paragraphs() -> None:
+    wrapped = b"\none\ntwo\n\nthree\n\n\nfour\nfive\n"
+    corpus = Corpus(np.frombuffer(wrapped, dtype=np.uint8), ("a.txt",), "")
+    assert bytes(corpus.unwrapped) == b" one two\n\nthree\n\n\nfour five "
+    assert bytes(corpus.text) == wrapped
+
+
+def test_the_unwrapped_share_of_the_sequences_has_no_line_breaks() -> None:
+    lines = np.frombuffer(b"The quick brown fox\njumps over the lazy dog.\n" * 40, dtype=np.uint8)
+    corpus = Corpus(lines, ("fox.txt",), "")
+    ids = make_batch(corpus, 100, 400, 0.0, np.random.default_rng(0), 0.25).ids
+    without = np.mean([b"\n" not in as_text(row).encode() for row in ids])
+    assert 0.17 < without < 0.33

@@ -41,7 +41,7 @@ class Candidates:
             one threshold, the thresholds at the best share, and so on until the best pair stays.
     """
 
-    clamp_shares: tuple[Share, ...] = (0.01, 0.02, 0.05, 0.005)
+    clamp_shares: tuple[Share, ...] = (0.01, 0.005, 0.002, 0.02, 0.05)
     decay_thresholds: tuple[float, ...] = (1e-17, 1e-22, 1e-13, 1e-30, 1e-9)
     reductions: tuple[str, ...] = ("fastest", "mean", "slowest")
     layers: bool = True

@@ -53,7 +53,7 @@ def _training(record: dict[str, Any]) -> str:
         f"transformers {record['transformers']}",
         "Time": f"{minutes:.1f} minutes, {record['steps']:,} steps, {megabytes:,.0f} MB read",
         "Curriculum": stages,
-        "Mixture": f"{recipe['passkey_share']:.0%} passkey samples, the rest plain text",
+        "Mixture": _mixture(recipe),
         "Optimiser": f"AdamW, learning rate {recipe['learning_rate']:g}, cosine to a tenth, "
         f"weight decay {recipe['weight_decay']:g}",
         "Decimation": _decimation(recipe["decimation"]),
@@ -62,6 +62,12 @@ def _training(record: dict[str, Any]) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"## Training\n\n| | |\n| --- | --- |\n{table}\n"
+
+
+def _mixture(recipe: dict[str, Any]) -> str:
+    text = f"{recipe['passkey_share']:.0%} passkey samples, the rest plain text"
+    share = recipe.get("unwrapped_share", 0.0)
+    return f"{text}; {share:.0%} of all text without line breaks in paragraphs" if share else text
 
 
 def _decimation(options: dict[str, Any] | None) -> str:

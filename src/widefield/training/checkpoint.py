@@ -90,9 +90,15 @@ def _calibration_ids(recipe: Recipe, corpus: Corpus) -> Tensor:
     """
     rng = np.random.default_rng([recipe.seed, 2])
     half = recipe.calibration_sequences // 2
-    prose = np.frombuffer(default_haystack().text.encode(), dtype=np.uint8)
-    texts = [(corpus.text, recipe.calibration_sequences - half), (prose[: len(prose) // 2], half)]
-    parts = [make_batch(text, recipe.length, count, 0.0, rng).ids for text, count in texts if count]
+    haystack = default_haystack()
+    prose = np.frombuffer(haystack.text.encode(), dtype=np.uint8)
+    documentation = Corpus(prose[: len(prose) // 2], ("pydoc_data.topics",), haystack.sha256)
+    sources = [(corpus, recipe.calibration_sequences - half), (documentation, half)]
+    parts = [
+        make_batch(source, recipe.length, count, 0.0, rng, recipe.unwrapped_share).ids
+        for source, count in sources
+        if count
+    ]
     return torch.from_numpy(np.concatenate(parts))
 
 

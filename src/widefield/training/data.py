@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import queue
 import threading
@@ -19,7 +20,10 @@ from widefield.tasks.tokens import BYTE_OFFSET
 __all__ = ["Batch", "Corpus", "load_corpus", "make_batch", "prefetch"]
 
 
-@dataclass(frozen=True, slots=True)
+_LINE_BREAK, _SPACE = b"\n "
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Text as bytes, and where it came from.
 
@@ -32,6 +36,23 @@ class Corpus:
     text: UInt8[np.ndarray, " bytes"]
     files: tuple[str, ...]
     sha256: str
+
+    @functools.cached_property
+    def unwrapped(self) -> UInt8[np.ndarray, " bytes"]:
+        """`text` with each line break inside a paragraph turned into a space.
+
+        Paragraphs are told apart by empty lines. Books of one source have hard line breaks and
+        those of another have none: who has read only the one kind does not know the other.
+        """
+        breaks = self.text == _LINE_BREAK
+        alone = breaks.copy()
+        alone[1:] &= ~breaks[:-1]
+        alone[:-1] &= ~breaks[1:]
+        return np.where(alone, np.uint8(_SPACE), self.text)
+
+    def draw(self, unwrapped_share: float, rng: np.random.Generator) -> UInt8[np.ndarray, " bytes"]:
+        """The text, or with that probability the unwrapped text."""
+        return self.unwrapped if rng.random() < unwrapped_share else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,35 +101,39 @@ def load_corpus(paths: Sequence[str | Path]) -> Corpus:
 
 
 def make_batch(
-    text: UInt8[np.ndarray, " bytes"],
+    corpus: Corpus,
     length: int,
     batch: int,
     passkey_share: float,
     rng: np.random.Generator,
+    unwrapped_share: float = 0.0,
 ) -> Batch:
     """Passkey samples first, plain text after them.
 
     Args:
-        text: the corpus.
+        corpus: where text and haystacks are drawn from.
         length: bytes a sequence, the answer included.
         batch: sequences.
         passkey_share: share of them that are passkey samples.
         rng: where everything random comes from.
+        unwrapped_share: share of the sequences whose text has no line breaks inside paragraphs.
 
     Raises:
         WidefieldError: if the corpus is shorter than a sequence.
     """
-    if len(text) <= length:
+    size = len(corpus.text)
+    if size <= length:
         raise WidefieldError(
-            f"the corpus has {len(text)} bytes: expected more than one sequence of {length}"
+            f"the corpus has {size} bytes: expected more than one sequence of {length}"
         )
     passkeys = round(batch * passkey_share)
     ids = np.empty((batch, length), dtype=np.int64)
     for row in range(passkeys):
+        text = corpus.draw(unwrapped_share, rng)
         ids[row], _ = byte_sample(text, length - DIGITS, float(rng.random()), rng)
-    starts = rng.integers(0, len(text) - length, size=batch - passkeys)
+    starts = rng.integers(0, size - length, size=batch - passkeys)
     for row, start in enumerate(starts, start=passkeys):
-        ids[row] = text[start : start + length]
+        ids[row] = corpus.draw(unwrapped_share, rng)[start : start + length]
         ids[row] += BYTE_OFFSET
     digits = (
         np.stack([_needle_digits(row) for row in ids[:passkeys]])

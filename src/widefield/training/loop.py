@@ -306,9 +306,11 @@ class _Run:
         stage = self.recipe.stage(self.share if steps is None else self._made / steps)
         rng = np.random.default_rng([self.recipe.seed, self._made])
         self._made += 1
+        recipe = self.recipe
         return make_batch(
-            self.corpus.text, stage.length, stage.batch, self.recipe.passkey_share, rng
-        )
+            self.corpus, stage.length, stage.batch, recipe.passkey_share, rng,
+            recipe.unwrapped_share,
+        )  # fmt: skip
 
     def keep(self, decimate: Decimation) -> int:
         """How many tokens this step's rows keep."""

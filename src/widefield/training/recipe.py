@@ -82,6 +82,8 @@ class Recipe:
         seconds: how long the run takes, compilation not counted; exclusive with `steps`.
         steps: how many optimiser steps the run takes; exclusive with `seconds`.
         passkey_share: share of each batch that are passkey samples; the rest is plain text.
+        unwrapped_share: share of the sequences whose text has the line breaks inside its
+            paragraphs turned into spaces.
         learning_rate: peak, reached after `warmup` and then falling along a cosine to a tenth.
         warmup: share of the run.
         weight_decay: on matrices only: not on A_log, D, norms, biases.
@@ -100,6 +102,7 @@ class Recipe:
     seconds: float | None = None
     steps: int | None = None
     passkey_share: float = 0.5
+    unwrapped_share: float = 0.0
     learning_rate: float = 3e-3
     warmup: float = 0.02
     weight_decay: float = 0.1
@@ -119,10 +122,11 @@ class Recipe:
                 f"recipe {self.name!r}: stages end at {ends}; expected rising shares that end "
                 "at 1.0"
             )
-        if not 0 <= self.passkey_share <= 1:
-            raise WidefieldError(
-                f"recipe {self.name!r}: passkey_share {self.passkey_share} is not between 0 and 1"
-            )
+        for name in ("passkey_share", "unwrapped_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise WidefieldError(
+                    f"recipe {self.name!r}: {name} {getattr(self, name)} is not between 0 and 1"
+                )
         if self.decimation and self.decimation.keep_min <= self.decimation.protect:
             raise WidefieldError(
                 f"recipe {self.name!r}: keep_min {self.decimation.keep_min} leaves nothing "
