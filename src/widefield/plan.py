@@ -1,17 +1,19 @@
 """The seam: what a family hands to the kernels, and what a method asks of them.
 
-Symbols: B batch, L sequence length, D channels, N state size. `delta` is Δ.
+Symbols: B batch, L sequence length, D channels, N state size; in Mamba-2 H heads of P channels and
+G groups of heads that share B and C. `delta` is Δ.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["LayerPlan", "ModelLayout", "Pool", "ScanInputs"]
+__all__ = ["LayerPlan", "ModelLayout", "Pool", "SSDInputs", "ScanInputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,54 @@ class ScanInputs:
     valid: Bool[Tensor, "batch length"] | None = None
 
     def replace(self, **changes: object) -> ScanInputs:
+        """A copy with the given fields exchanged."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class SSDInputs:
+    """Everything that one scan of Mamba-2 (state-space duality) reads.
+
+    The recurrence, per head h with its P channels and N states, g the group of head h and
+    Δ = clamp(softplus(delta + delta_bias), *delta_limit):
+
+        S_t = exp(Δ_t · A) · S_{t-1} + Δ_t · x_t ⊗ B_t        y_t = S_t · C_t + D · x_t
+
+    Where the papers speak of a channel of Mamba-2, they mean a head: Δ and every per-channel field
+    of a `LayerPlan` have H entries. The gate is not part of the scan; models apply it in the norm
+    behind it.
+
+    Tensors may be strided views; the last dimension has stride 1.
+
+    Attributes:
+        x: what is written into the state, any floating dtype.
+        delta: raw Δ before bias and softplus (or Δ itself if `delta_softplus` is false).
+        A: negative decay rates, float32 (or float64 in tests).
+        B: input projection, one per token and group.
+        C: output projection, one per token and group.
+        D: skip connection, or None.
+        delta_bias: added to `delta` before the softplus, or None.
+        delta_softplus: whether Δ = softplus(delta + bias).
+        delta_limit: smallest and largest Δ that the model allows, applied before a plan's scale and
+            floor.
+        initial_state: float32 state before the first token, or None for zeros.
+        valid: False marks padding: the state passes through it unchanged and y is 0. None = all
+            valid.
+    """
+
+    x: Float[Tensor, "batch length heads width"]
+    delta: Float[Tensor, "batch length heads"]
+    A: Float[Tensor, " heads"]
+    B: Float[Tensor, "batch length groups state"]
+    C: Float[Tensor, "batch length groups state"]
+    D: Float[Tensor, " heads"] | None = None
+    delta_bias: Float[Tensor, " heads"] | None = None
+    delta_softplus: bool = True
+    delta_limit: tuple[float, float] = (0.0, math.inf)
+    initial_state: Float[Tensor, "batch heads width state"] | None = None
+    valid: Bool[Tensor, "batch length"] | None = None
+
+    def replace(self, **changes: object) -> SSDInputs:
         """A copy with the given fields exchanged."""
         return replace(self, **changes)  # type: ignore[arg-type]
 

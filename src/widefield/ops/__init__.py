@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from widefield.ops._backend import use_backend
+from widefield.ops._delta import effective_delta
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, pool_tokens, token_score
-from widefield.ops.selective_scan import effective_delta, selective_scan
+from widefield.ops.selective_scan import selective_scan
+from widefield.ops.ssd import ssd
 from widefield.ops.state_update import selective_state_update
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "pool_tokens",
     "selective_scan",
     "selective_state_update",
+    "ssd",
     "token_score",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from widefield.errors import WidefieldError
-from widefield.ops.selective_scan.reference import effective_delta
+from widefield.ops._delta import effective_delta
 from widefield.plan import Pool, ScanInputs
 
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.selective_scan import reference
-from widefield.ops.selective_scan.reference import effective_delta
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["effective_delta", "selective_scan"]
+__all__ = ["selective_scan"]
 
 
 def selective_scan(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from widefield.ops._delta import effective_delta
 from widefield.ops._numba import (
     BYTES,
     WIDTH,
@@ -45,7 +46,6 @@ from widefield.ops._numba import (
     store_some,
     where,
 )
-from widefield.ops.selective_scan.reference import effective_delta
 from widefield.plan import LayerPlan, ScanInputs
 
 STRIP = 64  # channels of one task: four cache lines of each token

@@ -7,35 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from widefield.ops._delta import effective_delta
 from widefield.plan import LayerPlan, ScanInputs
-
-
-def effective_delta(
-    inputs: ScanInputs, plan: LayerPlan | None = None
-) -> Float[Tensor, "batch length channels"]:
-    """Δ as the scan uses it: bias, softplus, scale, floor, padding; float32 or float64.
-
-    Args:
-        inputs: the scan's inputs.
-        plan: what a method asks of this layer; None leaves Δ as the model has it.
-    """
-    delta = inputs.delta if inputs.delta.dtype == torch.float64 else inputs.delta.float()
-    if inputs.delta_bias is not None:
-        delta = delta + inputs.delta_bias.to(delta.dtype)
-    if inputs.delta_softplus:
-        delta = F.softplus(delta)
-    if plan is not None and plan.delta_scale is not None:
-        delta = delta * _per_row(plan.delta_scale)
-    if plan is not None and plan.delta_floor is not None:
-        delta = delta.masked_fill(delta < _per_row(plan.delta_floor), 0.0)
-    if inputs.valid is not None:
-        delta = delta.masked_fill(~inputs.valid[..., None], 0.0)
-    return delta
-
-
-def _per_row(values: Tensor) -> Tensor:
-    """(D,) or (B, D) made to broadcast against (B, L, D)."""
-    return values if values.ndim == 1 else values[:, None, :]
 
 
 def selective_scan(
