@@ -83,6 +83,27 @@ def test_a_mistake_is_one_line_that_says(wf: CommandLine, args: tuple[str, ...],
     assert said in refused(wf, *args)
 
 
+RECIPE = """
+name: small
+steps: 2
+stages: [{until: 1.0, length: 256, batch: 2}]
+shape: {hidden_size: 32, layers: 1, state_size: 4}
+"""
+
+
+def test_training_is_refused_before_it_begins(wf: CommandLine, text: Path) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("typo.yaml").write_text(RECIPE.replace("stages:", "stages_:"))
+    out = ("--out", "new")
+    known = ("train", "recipe.yaml", *out)
+    assert "RECIPE nowhere.yaml: no such file" in refused(
+        wf, "train", "nowhere.yaml", "--corpus", text, *out
+    )
+    assert "expected stages" in refused(wf, "train", "typo.yaml", "--corpus", text, *out)
+    assert "--corpus nowhere: no such file" in refused(wf, *known, "--corpus", "nowhere")
+    assert "unknown device 'gpu'" in refused(wf, *known, "--corpus", text, "--device", "gpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named(wf: CommandLine) -> None:
     assert "sees no GPUs; use --device cpu" in refused(wf, *PASSKEY, "--device", "cuda")

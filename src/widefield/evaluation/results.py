@@ -129,7 +129,8 @@ class Results:
         if differing:
             raise WidefieldError(
                 f"{file} belongs to another run ({'; '.join(differing)}); "
-                "choose another --out, or run it as before to go on with it"
+                "choose another --out, run it as before to go on with it, "
+                "or start over with --fresh"
             )
         stored.header = _merge(stored.header, header)
         return stored
