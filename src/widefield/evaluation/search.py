@@ -181,8 +181,13 @@ class Search:
             self._measure("reduction", dataclasses.replace(method, reduction=reduction))
 
     def _layers(self) -> None:
-        """Thin out the best setting, and if that stays too dear, the best one within the limit."""
+        """Thin out the best setting, and if that stays too dear, the best one within the limit.
+
+        Only where there is a cost to be saved: fewer layers retrieve less surely.
+        """
         leader = self._leader()
+        if leader[1].cost <= 0:
+            return
         thinned = self._thin_out(*leader)
         within = self._within()
         if thinned.cost > self.limit and within and _best(within) is not leader:

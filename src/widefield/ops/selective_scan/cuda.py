@@ -28,14 +28,32 @@ _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 
 @triton.jit
-def _exp(x):
-    # exp of x ≤ 0 to float32's last places: thousands of these are multiplied along a sequence, and
-    # the GPU's own
-    # exp of a product that was rounded once more would drift. Below -87 the result is 0.
+def _exp(x, EXACT: tl.constexpr):
+    # exp of x ≤ 0; 0 below -87. Thousands of these are multiplied along a sequence, so an error
+    # that leans to one side adds up: for float32 inputs the product is compensated and a polynomial
+    # takes the place of the GPU's own exp2, which is two places off near 1.
     n = tl.floor(x * _LOG2E + 0.5)
     fraction = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -n))
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -87.0, 0.0, tl.exp2(fraction) * power)
+    if EXACT:
+        p = tl.fma(fraction, 0.00015326471475418657, 0.0013390806270763278)
+        p = tl.fma(fraction, p, 0.009618505835533142)
+        p = tl.fma(fraction, p, 0.05550359934568405)
+        p = tl.fma(fraction, p, 0.24022647738456726)
+        p = tl.fma(fraction, p, 0.6931471824645996)
+        p = tl.fma(fraction, p, 1.0)
+    else:
+        p = tl.exp2(fraction)
+    return tl.where(x < -87.0, 0.0, p * power)
+
+
+@triton.jit
+def _sigmoid(v, EXACT: tl.constexpr):
+    if EXACT:
+        small = _exp(-tl.abs(v), EXACT)
+        return tl.div_rn(tl.where(v < 0.0, small, 1.0), 1.0 + small)
+    else:
+        return 1.0 / (1.0 + tl.exp(-v))
 
 
 @triton.jit
@@ -43,7 +61,7 @@ def _log1p(u):
     # log(1 + u) of 0 ≤ u ≤ 1 as 2 artanh(u / (2 + u)): a series of eight terms is exact to
     # float32's last places,
     # which the GPU's own logarithm near 1 is not.
-    s = u / (2.0 + u)
+    s = tl.div_rn(u, 2.0 + u)
     q = s * s
     p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
     p = tl.fma(q, p, 1.0 / 11.0)
@@ -56,7 +74,7 @@ def _log1p(u):
 
 @triton.jit
 def _softplus(v):
-    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + _log1p(_exp(-tl.abs(v))))
+    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + _log1p(_exp(-tl.abs(v), True)))
 
 
 @triton.jit
@@ -86,6 +104,7 @@ def _forward(
     HAS_H0: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES)
@@ -160,12 +179,12 @@ def _forward(
             x = tl.where(ok, x, 0.0)
         else:
             ok = True
-        h = _exp(delta[:, None] * A) * h + (delta * x)[:, None] * b[None, :]
+        h = _exp(delta[:, None] * A, EXACT) * h + (delta * x)[:, None] * b[None, :]
         y = tl.sum(h * c[None, :], axis=1)
         if HAS_D:
             y += skip * x
         if HAS_Z:
-            y *= z / (1.0 + tl.exp(-z))
+            y *= z * _sigmoid(z, EXACT)
         if VALID:
             y = tl.where(ok, y, 0.0)
         tl.store(yp, y.to(y_ptr.dtype.element_ty), mask=dm)
@@ -186,6 +205,7 @@ def _backward(
     FLOOR: tl.constexpr, SCALE: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -247,9 +267,13 @@ def _backward(
                 ok = tl.load(vp + t * svl) != 0
                 delta = tl.where(ok, delta, 0.0)
                 x = tl.where(ok, x, 0.0)
-            h = _exp(delta[:, None] * A) * h + (delta * x)[:, None] * b[None, :]
+            h = _exp(delta[:, None] * A, EXACT) * h + (delta * x)[:, None] * b[None, :]
             tl.store(scratch + (i + 1) * BLOCK * STATES, h)
         tl.debug_barrier()
+        # Sums of a chunk first, then of chunks: fewer roundings in a row.
+        chunk_dA = tl.zeros((BLOCK, STATES), tl.float32)
+        chunk_dD = tl.zeros((BLOCK,), tl.float32)
+        chunk_dbias = tl.zeros((BLOCK,), tl.float32)
         for j in range(count):
             i = count - 1 - j
             t = first + i
@@ -264,7 +288,7 @@ def _backward(
             slope = scale
             if SOFTPLUS:
                 full = _softplus(raw)
-                slope = scale / (1.0 + tl.exp(-raw))
+                slope = scale * _sigmoid(raw, EXACT)
             full = full * scale
             open = full == full
             if FLOOR:
@@ -279,7 +303,7 @@ def _backward(
             delta = tl.where(open, full, 0.0)
             if HAS_Z:
                 z = tl.load(zp + t * szl, mask=dm, other=0.0).to(tl.float32)
-                sigmoid = 1.0 / (1.0 + tl.exp(-z))
+                sigmoid = _sigmoid(z, EXACT)
                 plain = tl.sum(h * c[None, :], axis=1) + skip * x
                 dz = dy * plain * sigmoid * (1.0 + z * (1.0 - sigmoid))
                 tl.store(dz_ptr + out + t * channels, dz.to(dz_ptr.dtype.element_ty), mask=dm)
@@ -287,8 +311,8 @@ def _backward(
             dh += dy[:, None] * c[None, :]
             tl.store(dC_ptr + partial + t * states, tl.sum(dy[:, None] * h, axis=0), mask=nm)
             if HAS_D:
-                dD += dy * x
-            a = _exp(delta[:, None] * A)
+                chunk_dD += dy * x
+            a = _exp(delta[:, None] * A, EXACT)
             through = dh * a * before
             into = tl.sum(dh * b[None, :], axis=1)
             dx = delta * into
@@ -299,14 +323,17 @@ def _backward(
             tl.store(
                 ddelta_ptr + out + t * channels, ddelta.to(ddelta_ptr.dtype.element_ty), mask=dm
             )
-            dbias += ddelta
-            dA += through * (delta * decay)[:, None]
+            chunk_dbias += ddelta
+            chunk_dA += through * (delta * decay)[:, None]
             tl.store(
                 dB_ptr + partial + t * states,
                 tl.sum(dh * (delta * x)[:, None], axis=0),
                 mask=nm,
             )
             dh = dh * a
+        dA += chunk_dA
+        dD += chunk_dD
+        dbias += chunk_dbias
         tl.debug_barrier()
     tl.store(dh0_ptr + state_offset, dh, mask=m)
     tl.store(dA_ptr + state_offset, dA, mask=m)
