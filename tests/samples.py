@@ -50,14 +50,20 @@ def draw(shape: str, tokens: int, channels: int, seed: int = 0) -> np.ndarray:
 
 
 def calibrate_layer(
-    delta: np.ndarray, *, knots: int = 128, chunk: int = 1024, rates: np.ndarray | None = None
+    delta: np.ndarray,
+    *,
+    knots: int = 128,
+    finest: float = 3e-4,
+    chunk: int = 1024,
+    rates: np.ndarray | None = None,
 ) -> LayerCalibration:
     """A layer calibrated on (tokens, channels); rates (channels, states), ones by default."""
     sketch = DeltaSketch(delta.shape[1])
     for start in range(0, len(delta), chunk):
         sketch.update(torch.from_numpy(delta[start : start + chunk]))
     rates = np.ones((delta.shape[1], 1)) if rates is None else rates
-    return LayerCalibration.from_sketch(sketch, -torch.from_numpy(rates).float(), knots=knots)
+    A = -torch.from_numpy(rates).float()
+    return LayerCalibration.from_sketch(sketch, A, knots=knots, finest=finest)
 
 
 def calibrate_layers(

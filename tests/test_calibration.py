@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,11 @@ def test_thresholds_keep_the_budget_within_two_percent_of_a_straight_derivation(
 
 
 @pytest.mark.parametrize("shape", ["gamma", "lognormal", "two modes", "narrow"])
-def test_the_smallest_form_keeps_the_budget_within_two_percent_almost_always(shape: str) -> None:
+def test_the_form_for_large_models_keeps_the_budget_within_two_percent(shape: str) -> None:
     delta = draw(shape, 4096, 8, seed=1)
-    layer = calibrate_layer(delta, knots=55)
+    layer = calibrate_layer(delta, finest=0.012)
     errors = [budget_errors(layer, delta, r, c) for r in RATIOS for c in CLAMPS]
-    assert np.quantile(errors, 0.95) <= 0.02
-    assert np.max(errors) <= 0.04
+    assert np.max(errors) <= 0.02
 
 
 def test_the_quantile_function_is_that_of_the_samples() -> None:
@@ -246,7 +246,7 @@ def test_a_length_ratio_is_positive() -> None:
         layer.quantile(1.2)
 
 
-def test_files_of_format_1_are_decoded_as_ever() -> None:
+def test_the_code_of_the_knots_is_as_ever() -> None:
     lowest, highest = np.array([0.01, 1.0], np.float32), np.array([1.0, 1.0], np.float32)
     steps = np.array([[10, 200, 255], [0, 0, 0]], np.uint8)
     falls = np.array([[5, 60, 200], [0, 3, 0]], np.uint8)
@@ -278,6 +278,26 @@ def test_a_saved_calibration_comes_back_as_it_was(calibration: Calibration, tmp_
                     again.layer(index).threshold(ratio, clamp), layer.threshold(ratio, clamp)
                 )
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_format_1_is_read_as_ever(calibration: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "cal.safetensors"
+    calibration.save(path)
+    ((key, text),) = header_of(path).items()
+    plain = {name: t.contiguous() for name, t in calibration._tensors().items()}
+    save_file(plain, path, {key: json.dumps({**json.loads(text), "format": 1})})
+    assert Calibration.load(path).identity == calibration.identity
+
+
+def test_knots_that_swell_beyond_all_measure_are_refused(
+    calibration: Calibration, tmp_path: Path
+) -> None:
+    path = tmp_path / "cal.safetensors"
+    calibration.save(path)
+    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 24))), dtype=torch.uint8)
+    save_file({**load_file(path), "0.knots": bomb}, path, header_of(path))
+    with pytest.raises(WidefieldError, match="holds too much or is cut off"):
+        Calibration.load(path)
 
 
 def test_identity_tells_calibrations_apart(calibration: Calibration) -> None:
@@ -368,7 +388,7 @@ def test_a_newer_format_is_named(calibration: Calibration, tmp_path: Path) -> No
     ((key, text),) = header_of(path).items()
     tensors = load_file(path)
     save_file(tensors, path, {key: json.dumps({**json.loads(text), "format": 99})})
-    with pytest.raises(WidefieldError, match="format 99, this version of widefield reads 1"):
+    with pytest.raises(WidefieldError, match="format 99, this version of widefield reads up to 2"):
         Calibration.load(path)
 
 

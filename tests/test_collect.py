@@ -11,13 +11,14 @@ from torch import nn
 from transformers import ByT5Tokenizer
 
 from tests.models import tiny_mamba
+from tests.samples import draw
 from widefield import collect, families, ops
-from widefield.calibration import Calibration, encoding
-from widefield.collect import _Collector, calibrate
+from widefield.calibration import Calibration, DeltaSketch, LayerCalibration, encoding
+from widefield.collect import calibrate
 from widefield.errors import WidefieldError
 from widefield.extension import extend, observed
 from widefield.methods import DeciMamba, LongMamba
-from widefield.plan import ModelLayout, ScanInputs
+from widefield.plan import ScanInputs
 
 LENGTH = 64
 
@@ -26,7 +27,7 @@ LENGTH = 64
 def quick() -> Iterator[None]:
     """How well a curve is fitted is not at stake here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "_KNOTS_FEW", 24)
+        patch.setattr(collect, "_FINEST_FEW", 0.05)
         patch.setattr(encoding, "_ROUNDS", 3)
         yield
 
@@ -239,20 +240,22 @@ def test_a_progress_bar_is_shown_when_asked(
 
 
 def test_the_file_of_a_130m_shape_is_below_five_megabytes(tmp_path: Path) -> None:
-    layout = ModelLayout("MambaForCausalLM", "0" * 16, tuple(range(24)), (1536,) * 24)
-    collector = _Collector(layout)
-    inputs = ScanInputs(
-        x=torch.zeros(1, 4, 1536),
-        delta=torch.rand(1, 4, 1536),
-        A=-torch.ones(1536, 16),
-        B=torch.zeros(1, 4, 16),
-        C=torch.zeros(1, 4, 16),
-    )
-    for layer in layout.layers:
-        collector(layer, inputs)
-    big = Calibration(
-        collector.layers(lambda count: None), "0" * 16, "MambaForCausalLM", 2048, "0" * 16, 1, 4
-    )
+    layers = {
+        index: LayerCalibration.from_sketch(
+            sketch, -torch.ones(64, 16), finest=collect._FINEST_MANY
+        )
+        for index, sketch in enumerate(_sketches())
+    }
+    few = Calibration(layers, "0" * 16, "MambaForCausalLM", 2048, "0" * 16, 1, 20_480)
     path = tmp_path / "cal.safetensors"
-    big.save(path)
-    assert path.stat().st_size < 5_000_000
+    few.save(path)
+    per_channel = path.stat().st_size / (64 * len(layers))
+    assert per_channel * 24 * 1536 < 5_000_000
+
+
+def _sketches() -> Iterator[DeltaSketch]:
+    """Δ as the layers of a model have them."""
+    for seed, shape in enumerate(("softplus", "lognormal", "gamma", "two modes")):
+        sketch = DeltaSketch(64)
+        sketch.update(torch.from_numpy(draw(shape, 20_480, 64, seed)))
+        yield sketch

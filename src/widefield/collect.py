@@ -22,7 +22,7 @@ __all__ = ["calibrate"]
 Ids: TypeAlias = "Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]"
 _PIECE = 1 << 16  # characters that are tokenised at a time
 _FEW_CHANNELS = 16_384
-_KNOTS_FEW, _KNOTS_MANY = 128, 55  # of a channel; either keeps a 130M shape's file below 5 MB
+_FINEST_FEW, _FINEST_MANY = 3e-4, 0.012  # the latter keeps a 130M shape's file below 5 MB
 
 
 def calibrate(
@@ -133,11 +133,11 @@ class _Collector:
     def layers(self, on: Callable[[int], None]) -> dict[int, LayerCalibration]:
         """The sketches, closed; `on` is told of each one."""
         few = sum(self._channels.values()) <= _FEW_CHANNELS
-        knots = _KNOTS_FEW if few else _KNOTS_MANY
+        finest = _FINEST_FEW if few else _FINEST_MANY
         closed = {}
         for layer in sorted(self._sketches):
             sketch, rates = self._sketches.pop(layer), self._rates.pop(layer)
-            closed[layer] = LayerCalibration.from_sketch(sketch, rates, knots=knots)
+            closed[layer] = LayerCalibration.from_sketch(sketch, rates, finest=finest)
             on(1)
         return closed
 

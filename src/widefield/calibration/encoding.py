@@ -61,15 +61,22 @@ def decode(
 
 
 def encode(
-    sketch: DeltaSketch, knots: int
+    sketch: DeltaSketch, knots: int, finest: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`lowest`, `highest`, `steps` and `falls` (see `decode`) of every channel of a sketch."""
+    """`lowest`, `highest`, `steps` and `falls` (see `decode`) of every channel of a sketch.
+
+    Args:
+        sketch: of the channels' Δ.
+        knots: K, most knots of a channel; unused ones are 0.
+        finest: ε below which no channel spends another knot.
+    """
     values, weights = (t.flip(1).cpu().numpy() for t in sketch.compressed(_POINTS))
     smallest = sketch.smallest.cpu().numpy()
     parts = []
     for start in range(0, sketch.channels, _LANES):
         lanes = slice(start, start + _LANES)
-        parts.append(_encode(values[lanes], weights[lanes], smallest[lanes], sketch.tokens, knots))
+        points = _Points.of(values[lanes], weights[lanes], smallest[lanes], sketch.tokens)
+        parts.append((points.lowest, points.highest, *_fit(points, knots, finest)))
     lowest, highest, steps, falls = (np.concatenate(column) for column in zip(*parts, strict=True))
     return lowest, highest, steps, falls
 
@@ -91,22 +98,20 @@ def _value(lowest: np.ndarray, highest: np.ndarray, position: np.ndarray) -> np.
     return np.where(position >= size, highest[:, None], value)
 
 
-def _encode(
-    values: np.ndarray, weights: np.ndarray, smallest: np.ndarray, tokens: int, knots: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The curves of a few channels from their ascending centroids."""
-    highest = np.maximum(values[:, -1], np.finfo(np.float32).tiny)
-    some = np.maximum(_SMALLEST * highest.astype(np.float64), np.finfo(np.float32).tiny)
-    positive = np.where(values >= some[:, None], values, np.inf).min(1)
-    positive = np.where(smallest >= some, smallest, positive)
-    lowest = np.minimum(positive, highest).astype(np.float32)
-    points = _Points(values, weights, tokens, lowest, highest)
-    steps, falls = _fit(points, knots)
-    return lowest, highest, steps, falls
-
-
 class _Points:
     """What the knots are fitted to: log U around every centroid, with its tolerance."""
+
+    @classmethod
+    def of(
+        cls, values: np.ndarray, weights: np.ndarray, smallest: np.ndarray, tokens: int
+    ) -> _Points:
+        """Of a few channels' ascending centroids."""
+        highest = np.maximum(values[:, -1], np.finfo(np.float32).tiny)
+        some = np.maximum(_SMALLEST * highest.astype(np.float64), np.finfo(np.float32).tiny)
+        positive = np.where(values >= some[:, None], values, np.inf).min(1)
+        positive = np.where(smallest >= some, smallest, positive)
+        lowest = np.minimum(positive, highest).astype(np.float32)
+        return cls(values, weights, tokens, lowest, highest)
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class _Points:
         lowest: np.ndarray,
         highest: np.ndarray,
     ) -> None:
+        self.lowest, self.highest = lowest, highest
         size = _grid_size(lowest, highest)
         self.position = _candidates(values, lowest, highest, size)
         g = _value(lowest, highest, self.position)
@@ -192,10 +198,10 @@ def _mass_above(g: np.ndarray, above: np.ndarray) -> np.ndarray:
     return mass
 
 
-def _fit(points: _Points, knots: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit(points: _Points, knots: int, finest: float) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of each channel's curve, with about the smallest ε that `knots` knots allow."""
     channels = points.position.shape[0]
-    low, high = np.full(channels, np.log(3e-4)), np.full(channels, np.log(20.0))
+    low, high = np.full(channels, np.log(finest)), np.full(channels, np.log(20.0))
     steps, falls, _ = _follow(points, np.exp(high), knots)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -23,7 +25,8 @@ from widefield.plan import ModelLayout
 __all__ = ["Calibration"]
 
 _KEY = "widefield.calibration"
-_FORMAT = 1
+_FORMAT = 2  # 1 had the knots uncompressed
+_MOST_KNOTS = 1024
 _AGAIN = "make a new one with wf.calibrate (widefield calibrate)"
 
 
@@ -117,7 +120,7 @@ class Calibration:
         """
         path = Path(path)
         header = {**self._header(), "format": _FORMAT, "identity": self.identity}
-        content = to_bytes(self._tensors(), {_KEY: json.dumps(header, sort_keys=True)})
+        content = to_bytes(_packed(self._tensors()), {_KEY: json.dumps(header, sort_keys=True)})
         try:
             _write_whole(path, content)
         except OSError as error:
@@ -182,20 +185,44 @@ def _from_file(path: Path, text: str, tensors: dict[str, Tensor]) -> Calibration
         version, identity = header.pop("format"), header.pop("identity")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WidefieldError(f"{path} is not a whole calibration (its header): {_AGAIN}") from None
-    if version != _FORMAT:
+    if version not in range(1, _FORMAT + 1):
         raise WidefieldError(
-            f"{path} has calibration format {version}, this version of widefield reads {_FORMAT}: "
-            f"update widefield, or {_AGAIN}"
+            f"{path} has calibration format {version}, this version of widefield reads up to "
+            f"{_FORMAT}: update widefield, or {_AGAIN}"
         )
     try:
+        tensors = _unpacked(tensors)
         layers = {int(i): _layer(tensors, i, n) for i, n in header.pop("layers").items()}
         calibration = Calibration(layers=layers, **header)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         reason = error if isinstance(error, WidefieldError) else type(error).__name__
         raise WidefieldError(f"{path} is not a whole calibration ({reason}): {_AGAIN}") from None
     if calibration.identity != identity:
         raise WidefieldError(f"{path} was changed after it was written: {_AGAIN}, or copy it again")
     return calibration
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The knots as compressed bytes: a channel that needs few leaves the others of its row 0."""
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".knots")]:
+        content = zlib.compress(tensors[name].numpy().tobytes(), 9)
+        packed[name] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    return packed
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(2, D, K) knots from their bytes, never more of them than a calibration can have."""
+    whole = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".knots") and tensors[name].ndim == 1]:
+        channels = tensors[name.replace(".knots", ".delta")].shape[-1]
+        stream = zlib.decompressobj()
+        content = stream.decompress(tensors[name].numpy().tobytes(), 2 * channels * _MOST_KNOTS)
+        knots = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+        if not stream.eof or tensors[name].dtype != torch.uint8:
+            raise WidefieldError(f"{name} holds too much or is cut off")
+        whole[name] = knots.reshape(2, channels, -1)
+    return whole
 
 
 def _layer(tensors: dict[str, Tensor], index: str, tokens: int) -> LayerCalibration:
