@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from tests.models import tiny_mamba
 from widefield.errors import WidefieldError
 from widefield.evaluation import batches
 from widefield.evaluation.grid import BitsGrid, PasskeyGrid
-from widefield.evaluation.header import Subject
+from widefield.evaluation.header import Subject, make_header
 from widefield.evaluation.results import Cell, Results
 from widefield.evaluation.runner import run_bits, run_passkey
 from widefield.plan import LayerPlan, ModelLayout, Pool
@@ -256,3 +258,21 @@ def test_a_method_that_cannot_keep_the_scored_tokens_is_an_error() -> None:
             [TEXT],
             BitsGrid((100,), 2, 60),
         )
+
+
+@pytest.mark.parametrize(
+    ("module", "typed"),
+    [
+        ("widefield.__main__", "widefield eval --seed 1"),
+        ("benchmarks.frontier", "python -m benchmarks.frontier eval --seed 1"),
+        (None, "widefield eval --seed 1"),
+    ],
+)
+def test_a_header_has_the_command_as_it_is_typed(
+    module: str | None, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/widefield", "eval", "--seed", "1"])
+    subject = Subject("unmodified", tiny_mamba(), ByT5Tokenizer())
+    assert make_header([subject], {}, seed=1)["command"] == typed

@@ -59,11 +59,20 @@ def make_header(
         "format": FORMAT,
         "versions": _versions(),
         "device": device_name(model.device),
-        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or shlex.join([*_program(), *sys.argv[1:]]),
         "seed": seed,
         "tasks": tasks,
         "subjects": {subject.name: _describe(subject) for subject in subjects},
     }
+
+
+def _program() -> list[str]:
+    """The running program as it is typed: a script's name, or python -m and a module's."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return [Path(sys.argv[0]).name]
+    module = spec.name.removesuffix(".__main__")
+    return [module] if module == "widefield" else ["python", "-m", module]
 
 
 def _versions() -> dict[str, str]:
