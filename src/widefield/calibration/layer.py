@@ -26,9 +26,9 @@ class LayerCalibration:
     The distribution is stored as U(g), the share of tokens with Δ ≥ g, in knots of two bytes; what
     is computed here is computed from those, so a calibration gives the same thresholds before and
     after it is saved. On 20,000 bytes of text the bundled model keeps the budget within 2 % in
-    every channel at every length up to 1,000 times the training length; with the looser fit of
-    large models so do 99.95 % of the channels of its first layer and all of the others
-    (`benchmarks/budget.py`; one token more or less aside).
+    every channel but one of its first layer, at every length up to 1,000 times the training length;
+    so it does with the looser fit of large models (`benchmarks/budget.py`; one token more or less
+    aside).
 
     Tokens with one and the same Δ are kept or frozen together, so no threshold meets a budget that
     falls among many of them; the one above them is taken. The first layer of a byte-level model is
