@@ -78,7 +78,7 @@ def _segment(
     Float[Tensor, "batch length heads width"],
     Float[Tensor, "batch heads width state"],
 ]:
-    """y of some tokens, and the state after them; `logs` are those of each token's decay.
+    """Outputs of some tokens, and the state after them; `logs` are those of each token's decay.
 
     In the subscripts: b batch, c chunk, i and j tokens, g group, r head of a group, p, n.
     """

@@ -1,11 +1,11 @@
 """The scan of Mamba-2 on the CPU: chunks of tokens as small matrix products, nothing of size L · T.
 
 Within a chunk, y_i = decay(0..i) · S C_i + Σ_{j ≤ i} (C_i · B_j) decay(j..i) Δ_j x_j, with S the
-state before the chunk, and then S = decay(0..T) · S + Σ_j decay(j..T) Δ_j x_j ⊗ B_j. torch makes the
-products C_i · B_j, which all heads of a group share, for a segment of chunks at a time. The rest is
-one kernel; its task is a strip of one head's channels, and it walks along the segment with its
-state in the cache. Decays are powers of two of differences of float64 sums, kept as the sum of two
-float32 numbers: no digit is lost to the length of the sum.
+state before the chunk, and then S = decay(0..T) · S + Σ_j decay(j..T) Δ_j x_j ⊗ B_j. torch makes
+the products C_i · B_j, which all heads of a group share, for a segment of chunks at a time. The
+rest is one kernel; its task is a strip of one head's channels, and it walks along the segment with
+its state in the cache. Decays are powers of two of differences of float64 sums, kept as the sum of
+two float32 numbers: no digit is lost to the length of the sum.
 
 Δ is torch's own, so that a token is frozen (Δ < floor) exactly where the reference freezes it.
 """
@@ -51,7 +51,7 @@ SEGMENT = 1024  # tokens between two calls of the kernel
 _ROWS = 4  # of a tile, which is two registers wide
 _GROUP = 16  # products that are summed before they are added to others
 _REGISTER = WIDTH * BYTES
-_TILE = 2 * _REGISTER
+_PRODUCTS = CHUNK * CHUNK * BYTES
 _LOG2E = 1 / math.log(2)
 _LEAST = -1500.0  # log2 of a decay that leaves nothing, even of the largest float32
 
@@ -204,55 +204,58 @@ def _emit(y, x, skip, left, right, count):
 
 
 @inlined
+def _read_later(sums, i, tokens, first, second, third, rows):
+    """Add what the second to fourth of four tokens read of each other and of themselves.
+
+    Apart from the rest, so that no token reads a later one, whatever that holds.
+    """
+    a, b, c, d, e, f, g, h = sums
+    for j in range(i + 1, min(i + _ROWS, tokens)):
+        row, at = rows + j * STRIP * BYTES, j * BYTES
+        left, right = load(row), load(row + _REGISTER)
+        if j == i + 1:
+            weight = load_one(first + at)
+            c, d = fma(weight, left, c), fma(weight, right, d)
+        if j <= i + 2:
+            weight = load_one(second + at)
+            e, f = fma(weight, left, e), fma(weight, right, f)
+        weight = load_one(third + at)
+        g, h = fma(weight, left, g), fma(weight, right, h)
+    return a, b, c, d, e, f, g, h
+
+
+@inlined
 def _read_rows(
-    i, p, y, y_stride, x, x_stride, skip, C, C_stride, state, weights, written, decays,
+    i, y, y_stride, x, x_stride, skip, C, C_stride, state, weights, written, decays,
     tokens, count, size,
 ):  # fmt: skip
-    """y of four tokens of a chunk, in a tile's width of channels.
+    """Outputs of four tokens of a chunk, in a tile's width of channels.
 
     A token beyond the last is computed as the last one, and not written.
     """
-    second, third, fourth = (
-        min(i + 1, tokens - 1),
-        min(i + 2, tokens - 1),
-        min(i + 3, tokens - 1),
+    last = tokens - 1
+    j, k, m = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+    row = C_stride * BYTES
+    sums = _product(
+        _zeros(), C + i * row, C + j * row, C + k * row, C + m * row, BYTES, state, size
     )
-    c0, c1 = C + i * C_stride * BYTES, C + second * C_stride * BYTES
-    c2, c3 = C + third * C_stride * BYTES, C + fourth * C_stride * BYTES
-    sums = _product(_zeros(), c0, c1, c2, c3, BYTES, state + p * BYTES, size)
     sums = _scale(
-        sums,
-        decays + i * BYTES,
-        decays + second * BYTES,
-        decays + third * BYTES,
-        decays + fourth * BYTES,
+        sums, decays + i * BYTES, decays + j * BYTES, decays + k * BYTES, decays + m * BYTES
     )
-    w0, w1 = weights + i * CHUNK * BYTES, weights + second * CHUNK * BYTES
-    w2, w3 = weights + third * CHUNK * BYTES, weights + fourth * CHUNK * BYTES
+    row = CHUNK * BYTES
+    first, second, third = weights + j * row, weights + k * row, weights + m * row
+    sums = _read_later(sums, i, tokens, first, second, third, written)
+    sums = _product(sums, weights + i * row, first, second, third, BYTES, written, i + 1)
+
     a, b, c, d, e, f, g, h = sums
-    for j in range(i + 1, min(i + _ROWS, tokens)):
-        left = load(written + (j * STRIP + p) * BYTES)
-        right = load(written + (j * STRIP + p) * BYTES + _REGISTER)
-        if j <= second:
-            weight = load_one(w1 + j * BYTES)
-            c, d = fma(weight, left, c), fma(weight, right, d)
-        if j <= third:
-            weight = load_one(w2 + j * BYTES)
-            e, f = fma(weight, left, e), fma(weight, right, f)
-        weight = load_one(w3 + j * BYTES)
-        g, h = fma(weight, left, g), fma(weight, right, h)
-    sums = (a, b, c, d, e, f, g, h)
-    sums = _product(sums, w0, w1, w2, w3, BYTES, written + p * BYTES, i + 1)
-    a, b, c, d, e, f, g, h = sums
-    y, x, count = y + p * BYTES, x + p * BYTES, count - p
-    y_step, x_step = y_stride * BYTES, x_stride * BYTES
-    _emit(y + i * y_step, x + i * x_step, skip, a, b, count)
+    y_row, x_row = y_stride * BYTES, x_stride * BYTES
+    _emit(y + i * y_row, x + i * x_row, skip, a, b, count)
     if i + 1 < tokens:
-        _emit(y + second * y_step, x + second * x_step, skip, c, d, count)
+        _emit(y + j * y_row, x + j * x_row, skip, c, d, count)
     if i + 2 < tokens:
-        _emit(y + third * y_step, x + third * x_step, skip, e, f, count)
+        _emit(y + k * y_row, x + k * x_row, skip, e, f, count)
     if i + 3 < tokens:
-        _emit(y + fourth * y_step, x + fourth * x_step, skip, g, h, count)
+        _emit(y + m * y_row, x + m * x_row, skip, g, h, count)
 
 
 @inlined
@@ -263,17 +266,17 @@ def _keep(row, keep, left, right):
 
 
 @inlined
-def _update_rows(n, p, state, keep, B, B_stride, kept, tokens, size):
+def _update_rows(n, state, keep, B, B_stride, kept, tokens, size):
     """Four rows of the state after a chunk, in a tile's width of channels.
 
     The state has room for rows beyond the last, which come out as the last one.
     """
-    b0, b1 = B + n * BYTES, B + min(n + 1, size - 1) * BYTES
-    b2, b3 = B + min(n + 2, size - 1) * BYTES, B + min(n + 3, size - 1) * BYTES
-    sums = _product(_zeros(), b0, b1, b2, b3, B_stride * BYTES, kept + p * BYTES, tokens)
+    last = size - 1
+    first, second = B + n * BYTES, B + min(n + 1, last) * BYTES
+    third, fourth = B + min(n + 2, last) * BYTES, B + min(n + 3, last) * BYTES
+    sums = _product(_zeros(), first, second, third, fourth, B_stride * BYTES, kept, tokens)
     a, b, c, d, e, f, g, h = sums
-    row = state + (n * STRIP + p) * BYTES
-    step = STRIP * BYTES
+    row, step = state + n * STRIP * BYTES, STRIP * BYTES
     _keep(row, keep, a, b)
     _keep(row + step, keep, c, d)
     _keep(row + 2 * step, keep, e, f)
@@ -296,16 +299,16 @@ def _chunk(
     _weigh(weights, products, sums, tokens)
     to_end = decays + CHUNK * BYTES
     _write(written, kept, to_end, delta, delta_stride, x, x_stride, tokens, count)
-    for i in range(0, tokens, _ROWS):
-        for p in range(0, count, 2 * WIDTH):
-            _read_rows(
-                i, p, y, y_stride, x, x_stride, skip, C, C_stride, state, weights, written, decays,
-                tokens, count, size,
-            )  # fmt: skip
-    keep = load_one(decays + (tokens - 1) * BYTES)
     for p in range(0, count, 2 * WIDTH):
+        at = p * BYTES
+        for i in range(0, tokens, _ROWS):
+            _read_rows(
+                i, y + at, y_stride, x + at, x_stride, skip, C, C_stride,
+                state + at, weights, written + at, decays, tokens, count - p, size,
+            )  # fmt: skip
+        keep = load_one(decays + (tokens - 1) * BYTES)
         for n in range(0, size, _ROWS):
-            _update_rows(n, p, state, keep, B, B_stride, kept, tokens, size)
+            _update_rows(n, state + at, keep, B, B_stride, kept + at, tokens, size)
 
 
 @inlined
@@ -313,7 +316,7 @@ def _walk(
     task, heads, share, strips, length, width, size,
     y, y_row, y_stride, y_head, x, x_row, x_stride, x_head, delta, delta_row, delta_stride,
     B, B_row, B_stride, B_group, C, C_row, C_stride, C_group,
-    products, products_row, products_chunk, state, state_unit, rates, rates_row, skip,
+    products, products_row, products_token, state, state_unit, rates, rates_row, skip,
 ):  # fmt: skip
     """Take one strip of one head of one row through a segment."""
     row, unit = task // (heads * strips), task % (heads * strips)
@@ -333,8 +336,7 @@ def _walk(
             B_stride,
             C + (row * C_row + start * C_stride + group * C_group) * BYTES,
             C_stride,
-            products
-            + (row * products_row + start // CHUNK * products_chunk + group * CHUNK * CHUNK) * BYTES,
+            products + (row * products_row + start * products_token) * BYTES + group * _PRODUCTS,
             state + task * state_unit * BYTES,
             rates + (row * rates_row + head) * BYTES,
             load_one(skip + head * BYTES),
@@ -426,7 +428,7 @@ class _Run:
             batch * heads * strips,
             *(heads, heads // B.shape[2], strips, length, width, size),
             *(*_address(out), *_address(x), *_address(delta)[:3], *_address(B), *_address(C)),
-            *_address(products)[:3],
+            *(products.data_ptr(), products.stride(0), products.stride(1) // CHUNK),
             *(self.state.data_ptr(), self.state.stride(2)),
             *(*_address(self.rates)[:2], self.skip.data_ptr()),
         )
