@@ -95,7 +95,7 @@ def test_heads_are_scored_as_accurately_as_channels(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("limit", [(0.3, math.inf), (0.0, 0.05), (0.01, 0.3)])
 def test_scores_are_of_delta_within_its_limits(limit: tuple[float, float]) -> None:
     inputs = ssd_inputs(2, 100, 6).replace(delta_limit=limit)
-    made = torch.nn.functional.softplus(inputs.delta + inputs.delta_bias)
+    made = ops.effective_delta(inputs.replace(delta_limit=(0.0, math.inf)))
     within = inputs.replace(
         delta=made.clamp(*limit), delta_bias=None, delta_softplus=False, delta_limit=(0.0, math.inf)
     )

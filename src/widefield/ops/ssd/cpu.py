@@ -379,7 +379,8 @@ def ssd(
         run = _Run.prepare(inputs, plan or LayerPlan())
         for start in range(0, inputs.x.shape[1], SEGMENT):
             run.segment(slice(start, start + SEGMENT))
-    return run.y, _from_strips(run.state, *inputs.x.shape[2:], inputs.B.shape[-1])
+        state = _from_strips(run.state, inputs.x.shape[-1], inputs.B.shape[-1])
+    return run.y, state
 
 
 @dataclass
@@ -473,7 +474,7 @@ def _to_strips(
 
 
 def _from_strips(
-    strips: Float[Tensor, "batch heads strips rows strip"], heads: int, width: int, size: int
+    strips: Float[Tensor, "batch heads strips rows strip"], width: int, size: int
 ) -> Float[Tensor, "batch heads width state"]:
     """The inverse of `_to_strips`."""
     state = strips.transpose(-1, -2).flatten(2, 3)
