@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from widefield.ops.selective_scan import reference
-from widefield.plan import LayerPlan, ScanInputs
+from widefield.ops.ssd import chunked
+from widefield.plan import LayerPlan, ScanInputs, SSDInputs
+
+Inputs = TypeVar("Inputs", ScanInputs, SSDInputs)
 
 DELTAS = ("random", "tiny", "huge", "absurd", "zero", "heavy tails", "constant")
 
@@ -59,7 +64,33 @@ def scan_inputs(
     )
 
 
-def in_float64(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[ScanInputs, LayerPlan | None]:
+def ssd_inputs(
+    batch: int = 2,
+    length: int = 50,
+    heads: int = 4,
+    width: int = 20,
+    groups: int = 2,
+    state: int = 18,
+    *,
+    delta: str = "random",
+    dtype: torch.dtype = torch.float32,
+) -> SSDInputs:
+    """Inputs of one scan of Mamba-2 as a model makes them: views into the output of one product."""
+    sizes = [heads * width, groups * state, groups * state]
+    x, B, C = torch.randn(batch, length, sum(sizes)).to(dtype).split(sizes, dim=-1)
+    return SSDInputs(
+        x=x.unflatten(-1, (heads, width)),
+        delta=raw_delta(delta, batch, length, heads).to(dtype),
+        A=-torch.exp(torch.rand(heads) * math.log(16)),
+        B=B.unflatten(-1, (groups, state)),
+        C=C.unflatten(-1, (groups, state)),
+        D=torch.randn(heads),
+        delta_bias=0.1 * torch.randn(heads),
+        initial_state=torch.randn(batch, heads, width, state),
+    )
+
+
+def in_float64(inputs: Inputs, plan: LayerPlan | None) -> tuple[Inputs, LayerPlan | None]:
     """The same scan in float64, with Δ made in float64 but frozen where float32 freezes it.
 
     On which side of its floor a Δ falls is decided in float32; error is what is left after that.
@@ -77,6 +108,8 @@ def in_float64(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[ScanInputs, 
     exact = exact.replace(
         delta=delta.masked_fill(frozen, 0.0), delta_bias=None, delta_softplus=False
     )
+    if isinstance(exact, SSDInputs):
+        exact = exact.replace(delta_limit=(0.0, math.inf))  # already in Δ
     return exact, LayerPlan(decay_scale=plan.decay_scale)
 
 
@@ -86,3 +119,10 @@ def condition(exact: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor
     sizes = {n: v.abs() for n in names if (v := getattr(exact, n)) is not None}
     y, state = reference.selective_scan(exact.replace(**sizes, z=None), plan)
     return y if exact.z is None else y * F.silu(exact.z).abs(), state
+
+
+def ssd_condition(exact: SSDInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
+    """The same for the scan of Mamba-2; in chunks, since the reference takes long."""
+    names = ("x", "B", "C", "D", "initial_state")
+    sizes = {n: v.abs() for n in names if (v := getattr(exact, n)) is not None}
+    return chunked.ssd(exact.replace(**sizes), plan)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from tests.ops.cases import DELTAS, in_float64, scan_inputs, ssd_inputs
 from widefield import ops
 from widefield.errors import WidefieldError
 from widefield.ops.pool import cpu, reference
@@ -79,3 +79,57 @@ def test_the_best_tokens_are_kept_in_order_with_all_that_belongs_to_them() -> No
         whole = getattr(inputs, name)
         for row in range(2):
             assert torch.equal(getattr(kept, name)[row], whole[row, rows.index[row]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_scored_as_accurately_as_channels(dtype: torch.dtype) -> None:
+    inputs = ssd_inputs(2, 300, 40, 4, dtype=dtype)
+    for pool in POOLS.values():
+        exact = reference.token_score(in_float64(inputs, None)[0], pool)
+        ours, theirs = ops.token_score(inputs, pool), reference.token_score(inputs, pool)
+        assert torch.equal(ours, cpu.token_score(inputs, pool))
+        allowed = (theirs - exact).abs().max().item()
+        assert (ours - exact).abs().max() <= max(2 * allowed, 1e-7 * exact.max().item())
+
+
+@pytest.mark.parametrize("limit", [(0.3, math.inf), (0.0, 0.05), (0.01, 0.3)])
+def test_scores_are_of_delta_within_its_limits(limit: tuple[float, float]) -> None:
+    inputs = ssd_inputs(2, 100, 6).replace(delta_limit=limit)
+    made = ops.effective_delta(inputs.replace(delta_limit=(0.0, math.inf)))
+    within = inputs.replace(
+        delta=made.clamp(*limit), delta_bias=None, delta_softplus=False, delta_limit=(0.0, math.inf)
+    )
+    pool = Pool(keep=9, clamp=torch.full((6,), 0.2))
+    torch.testing.assert_close(ops.token_score(inputs, pool), ops.token_score(within, pool))
+    assert (made < limit[0]).any() or (made > limit[1]).any()
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.0, 0.05)])
+def test_the_best_tokens_of_mamba_2_are_kept_in_order_with_all_that_belongs_to_them(
+    limit: tuple[float, float],
+) -> None:
+    inputs = ssd_inputs(2, 200).replace(delta_limit=limit)
+    valid = torch.ones(2, 200, dtype=torch.bool)
+    valid[1, :190] = False
+    kept, rows = ops.pool_tokens(inputs.replace(valid=valid), Pool(keep=30, protect=5))
+    with ops.use_backend("reference"):
+        _, expected = ops.pool_tokens(inputs.replace(valid=valid), Pool(keep=30, protect=5))
+    assert torch.equal(rows.index, expected.index)
+    assert rows.index[:, -5:].tolist() == [list(range(195, 200))] * 2
+    assert kept.valid is not None
+    assert kept.valid.sum(1).tolist() == [30, 10]
+    assert kept.delta_limit == limit
+    for name in ("x", "delta", "B", "C"):
+        whole = getattr(inputs, name)
+        for row in range(2):
+            assert torch.equal(getattr(kept, name)[row], whole[row, rows.index[row]])
+
+
+def test_gradients_flow_through_the_kept_tokens_of_mamba_2_only() -> None:
+    inputs = ssd_inputs(1, 50)
+    leaf = inputs.x.clone().requires_grad_()
+    kept, rows = ops.pool_tokens(inputs.replace(x=leaf), Pool(keep=7))
+    kept.x.sum().backward()
+    assert leaf.grad is not None
+    touched = leaf.grad.flatten(2).sum(-1)[0].nonzero().flatten()
+    assert torch.equal(touched, rows.index[0])

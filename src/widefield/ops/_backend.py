@@ -40,6 +40,11 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def is_forced() -> bool:
+    """Whether a block of code has asked for one implementation by name."""
+    return _forced.get() is not None
+
+
 def choose(*tensors: Tensor | None) -> Backend:
     """The implementation for these inputs: kernels where they exist, else the reference."""
     forced = _forced.get()

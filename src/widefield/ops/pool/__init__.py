@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
-from widefield.plan import Pool, ScanInputs
+from widefield.plan import Pool, ScanInputs, SSDInputs
 
 __all__ = ["Rows", "pool_tokens", "token_score"]
+Inputs = TypeVar("Inputs", ScanInputs, SSDInputs)
+_SEQUENCES = ("x", "delta", "B", "C", "z")
 
 
-def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
-    """How important each token is: ‖w ⊙ min(Δ_t, c)‖₂ over channels, float32.
+def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Float[Tensor, "batch length"]:
+    """How important each token is: ‖w ⊙ min(Δ_t, c)‖₂ over channels (or heads), float32.
 
     Args:
-        inputs: the scan's inputs.
+        inputs: the inputs of a scan of either generation.
         pool: the clamp c and the weights w.
     """
-    if choose(inputs.x, inputs.delta) == "cpu":
+    limited = isinstance(inputs, SSDInputs) and inputs.delta_limit != (0.0, math.inf)
+    if choose(inputs.x, inputs.delta) == "cpu" and not limited:
         from widefield.ops.pool import cpu
 
         return cpu.token_score(inputs, pool)
     return reference.token_score(inputs, pool)
 
 
-def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
+def pool_tokens(inputs: Inputs, pool: Pool) -> tuple[Inputs, Rows]:
     """Keep the best tokens of one layer's scan inputs.
 
     Args:
-        inputs: the scan's inputs over the full sequence of this layer.
+        inputs: the inputs of a scan of either generation, over the full sequence of this layer.
         pool: how many tokens, and how they are scored.
 
     Returns:
         The inputs over the kept tokens, and the rows that were kept, with which the caller gathers
-        the
-        residual stream.
+        the residual stream.
 
     Raises:
         WidefieldError: if a valid token's score is not finite.
     """
     rows = reference.select_rows(token_score(inputs, pool), pool, inputs.valid)
-    kept = inputs.replace(
-        x=rows.gather(inputs.x),
-        delta=rows.gather(inputs.delta),
-        B=rows.gather(inputs.B),
-        C=rows.gather(inputs.C),
-        z=None if inputs.z is None else rows.gather(inputs.z),
-        valid=rows.valid,
-    )
-    return kept, rows
+    sequences = {name: getattr(inputs, name, None) for name in _SEQUENCES}
+    kept = {name: rows.gather(t) for name, t in sequences.items() if t is not None}
+    return inputs.replace(**kept, valid=rows.valid), rows

@@ -22,7 +22,7 @@ from widefield.ops._numba import (
     sum_of_squares,
     where,
 )
-from widefield.plan import Pool, ScanInputs
+from widefield.plan import Pool, ScanInputs, SSDInputs
 
 CHUNK = 128  # tokens of one task
 SEGMENT = 1024  # tokens that are widened at once where Δ is not float32
@@ -61,11 +61,11 @@ def _score(call):
         _chunk(task, *arguments(call, 14))
 
 
-def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
+def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Float[Tensor, "batch length"]:
     """‖w ⊙ min(Δ_t, c)‖₂ over channels, float32; with the signature of the reference.
 
     Args:
-        inputs: the scan's inputs; Δ may be float32, bfloat16 or float16.
+        inputs: the scan's inputs; Δ may be float32, bfloat16 or float16, and has no limits.
         pool: its `clamp` c and `weight` w are used.
 
     Returns:

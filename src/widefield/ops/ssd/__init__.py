@@ -5,10 +5,12 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from widefield.ops.ssd import reference
+from widefield.ops._backend import choose, is_forced
+from widefield.ops.ssd import chunked, reference
 from widefield.plan import LayerPlan, SSDInputs
 
 __all__ = ["ssd"]
+_HAS_FLOAT64 = ("cpu", "cuda")  # devices
 
 
 def ssd(
@@ -26,4 +28,11 @@ def ssd(
     Returns:
         y (B, L, H, P) in the dtype of x, and the final state (B, H, P, N) in float32.
     """
-    return reference.ssd(inputs, plan)
+    backend = choose(inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C)
+    if backend == "cpu":
+        from widefield.ops.ssd import cpu
+
+        return cpu.ssd(inputs, plan)
+    if backend == "reference" and (is_forced() or inputs.x.device.type not in _HAS_FLOAT64):
+        return reference.ssd(inputs, plan)
+    return chunked.ssd(inputs, plan)
