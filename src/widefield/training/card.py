@@ -89,26 +89,37 @@ def _settings(methods: dict[str, dict[str, Any]]) -> str:
 
 
 def _results(path: Path) -> str:
-    """One table of a results file: share of right answers by method and length."""
+    """One table of a results file by method and length, and how it was made."""
     data = json.loads(path.read_text(encoding="utf-8"))
     header, cells = data["header"], data["cells"]
     lengths = sorted({c["length"] for c in cells})
+    bits = cells[0]["task"] == "bits"
     lines = [
         "| method | " + " | ".join(f"{n:,}" for n in lengths) + " |",
         "| --- |" + " --- |" * len(lengths),
     ]
     for method in dict.fromkeys(c["method"] for c in cells):
-        shares = []
-        for length in lengths:
-            mine = [c for c in cells if c["method"] == method and c["length"] == length]
-            trials = sum(c["trials"] for c in mine)
-            shares.append(f"{sum(c['correct'] for c in mine) / trials:.2f}" if trials else "–")
-        lines.append(f"| {method} | " + " | ".join(shares) + " |")
-    depths = len({c["depth"] for c in cells})
-    trials = max(c["trials"] for c in cells)
+        mine = [[c for c in cells if (c["method"], c["length"]) == (method, n)] for n in lengths]
+        shown = [f"{c[0]['bits']:.3f}" if bits else _share(c) for c in mine if c]
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    where = f"on {header.get('device', 'an unnamed device')}; lengths in bytes"
+    what = _bits(header) if bits else _passkey(cells)
+    table = "\n".join(lines)
+    command = header.get("command", "")
+    return f"## {path.stem}\n\n{what}, {where}.\n\n{table}\n\nCommand: `{command}`\n"
+
+
+def _share(cells: list[dict[str, Any]]) -> str:
+    return f"{sum(c['correct'] for c in cells) / sum(c['trials'] for c in cells):.2f}"
+
+
+def _passkey(cells: list[dict[str, Any]]) -> str:
+    depths, trials = len({c["depth"] for c in cells}), max(c["trials"] for c in cells)
     return (
-        f"## Passkey ({path.name})\n\nShare of answers with all five digits right, {depths} "
-        f"depths × {trials} "
-        f"trials a length, on {header.get('device', 'an unnamed device')}; lengths in bytes.\n\n"
-        + "\n".join(lines) + f"\n\nCommand: `{header.get('command', '')}`\n"
-    )  # fmt: skip
+        f"Share of passkeys with all five digits right, {depths} depths × {trials} trials a length"
+    )
+
+
+def _bits(header: dict[str, Any]) -> str:
+    task = header["tasks"]["bits"]
+    return f"Bits per byte of the last {task['last']:,} bytes of {task['windows']} windows of text"
