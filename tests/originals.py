@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,11 @@ KINDS = tuple(CONFIGS)
 
 def reference(kind: str) -> Any:
     """The transformers model of one of `CONFIGS`, every option spelt out, with random weights."""
+    return copy.deepcopy(_reference(kind))
+
+
+@cache
+def _reference(kind: str) -> Any:
     torch.manual_seed(11)
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "mamba":

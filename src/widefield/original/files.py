@@ -56,15 +56,21 @@ class Place:
         return None if found is None else Path(found)
 
     def config(self) -> dict[str, Any]:
-        """`config.json`; empty if there is none or it is not JSON, which transformers explains."""
+        """`config.json`; empty if there is none.
+
+        Raises:
+            WidefieldError: if it is not a JSON object.
+        """
         file = self.find("config.json")
         if file is None:
             return {}
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
+            content = None
+        if not isinstance(content, dict):
+            raise WidefieldError("config.json is no JSON object: copy it again")
+        return content
 
 
 def read_tensors(place: Place) -> dict[str, Tensor]:
