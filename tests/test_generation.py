@@ -87,7 +87,7 @@ def test_beams_differ_from_the_likeliest_tokens() -> None:
 
 
 def test_the_cache_behind_beams_counts_what_each_row_has_read(model: MambaForCausalLM) -> None:
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     plain = DynamicCache(config=model.config)
     generated(model, num_beams=2, cache_params=cache)
     generated(model, cache_params=plain)

@@ -271,7 +271,7 @@ class TestForking:
     def test_a_cache_that_holds_gradients_is_forked_and_saved(self, tmp_path: Path) -> None:
         model = extend(tiny_mamba())
         cache = model(PROMPT, use_cache=True).cache_params
-        forked = wf.fork_state(cache)
+        forked: Any = wf.fork_state(cache)
         assert not forked.layers[0].recurrent_states[0].requires_grad
         loaded = kept(model, cache, tmp_path)
         assert torch.equal(logits(model, forked), logits(model, loaded))

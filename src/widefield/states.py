@@ -134,30 +134,38 @@ def _flat(layers: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _held(entry: Any, index: int) -> dict[str, Tensor]:
     """The tensors of one layer's entry; none if it has read nothing or never keeps anything."""
-    held: dict[str, Tensor] = {}
-    if isinstance(entry, LinearAttentionCacheLayerMixin):
-        if entry.record_past:
-            raise WidefieldError(
-                f"layer {index} of the cache records its past for assisted decoding: run the "
-                "model without an assistant"
-            )
-        for state, filled in entry.has_previous_state.items():
-            if filled:
-                held |= _named(f"conv.{state}", entry.conv_states[state])
-                held |= _named(f"state.{state}", entry.recurrent_states[state])
+    return {**_recurrent(entry, index), **_attended(entry, index)}
+
+
+def _recurrent(entry: Any, index: int) -> dict[str, Tensor]:
+    """The states of a Mamba layer's entry; a layer may have several of each."""
+    if not isinstance(entry, LinearAttentionCacheLayerMixin):
+        return {}
+    if entry.record_past:
+        raise WidefieldError(
+            f"layer {index} of the cache records its past for assisted decoding: run the model "
+            "without an assistant"
+        )
+    found = {
+        f"{kind}.{number}": states[number]
+        for kind, states in (("conv", entry.conv_states), ("state", entry.recurrent_states))
+        for number, filled in entry.has_previous_state.items()
+        if filled
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _attended(entry: Any, index: int) -> dict[str, Tensor]:
+    """What an attention layer's entry has read."""
     keys = getattr(entry, "keys", None)
-    if keys is not None and keys.numel():
-        if type(entry) not in _GROWING:
-            raise WidefieldError(
-                f"layer {index} of the cache is a {type(entry).__name__}, which cannot be kept: "
-                "expected a DynamicCache without a sliding window"
-            )
-        held |= {"keys": keys, "values": entry.values}
-    return held
-
-
-def _named(name: str, tensor: Tensor | None) -> dict[str, Tensor]:
-    return {} if tensor is None else {name: tensor}
+    if keys is None or not keys.numel():
+        return {}
+    if type(entry) not in _GROWING:
+        raise WidefieldError(
+            f"layer {index} of the cache is a {type(entry).__name__}, which cannot be kept: "
+            "expected a DynamicCache without a sliding window"
+        )
+    return {"keys": keys, "values": entry.values}
 
 
 def _repeated(entry: Any, times: int) -> Any:
@@ -226,8 +234,9 @@ def _is_count(seen: object, rows: set[int]) -> bool:
     """Whether this can be how many tokens each row, or all of them, have read."""
     if seen is None:
         return True
-    whole = isinstance(seen, list) and all(type(n) is int and n >= 0 for n in seen)
-    return whole and len(seen) in {1, *rows}
+    if not isinstance(seen, list) or len(seen) not in {1, *rows}:
+        return False
+    return all(type(n) is int and n >= 0 for n in seen)
 
 
 def _put(cache: DynamicCache, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -278,6 +287,7 @@ def _read(path: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _checked_header(path: Path, text: str) -> dict[str, Any]:
+    header: dict[str, Any] = {}
     try:
         header = json.loads(text)
         version, whole = header["format"], isinstance(header["seen"], dict)

@@ -116,6 +116,7 @@ def test_saved_methods_go_along(wf: CommandLine, bundled: Path) -> None:
     from widefield import DeciMamba, LongMamba, extend, load_bundled
 
     model, _, calibration = load_bundled()
+    assert calibration is not None
     extend(model, LongMamba(calibration), DeciMamba(layers=[1]))
     model.save_pretrained("extended")
     assert wf("convert", "extended", "--out", "model", "--dtype", "bfloat16").code == 0

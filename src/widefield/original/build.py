@@ -45,7 +45,7 @@ def build(
     from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
     translated = translate(config)
-    kind = Mamba2ForCausalLM if translated.model_type == "mamba2" else MambaForCausalLM
+    kind: Any = Mamba2ForCausalLM if translated.model_type == "mamba2" else MambaForCausalLM
     stored = {_RENAMED.get(name, name): tensor for name, tensor in read_tensors(place).items()}
     if translated.tie_word_embeddings:
         stored = _without_tied_head(stored)

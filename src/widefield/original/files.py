@@ -47,7 +47,7 @@ class Place:
 
     def find(self, name: str) -> Path | None:
         """A file of the checkpoint, from the hub's cache or downloaded if it is not local."""
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         try:
             found = cached_file(self.path, name, **self.options)
