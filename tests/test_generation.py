@@ -23,7 +23,7 @@ METHODS: dict[str, Callable[[wf.Calibration], list[Any]]] = {
     "decimamba": lambda calibration: [DeciMamba(layers=(1,), base_length=30, shrink=0.5)],
     "both": lambda calibration: [
         *METHODS["longmamba"](calibration),
-        DeciMamba(layers=(0,), base_length=30),
+        DeciMamba(layers=(1,), base_length=30),
     ],
 }
 
