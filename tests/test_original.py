@@ -31,6 +31,7 @@ from tests.originals import (
 )
 from widefield.errors import WidefieldError
 from widefield.extension import write_extension
+from widefield.families import fingerprint
 from widefield.original.config import translate
 
 IDS = torch.randint(1, 370, (2, 17), generator=torch.Generator().manual_seed(4))
@@ -130,6 +131,10 @@ class TestWhatLiesBeside:
         letters.save(str(write_original(tmp_path, "mamba") / "tokenizer.json"))
         tokenizer = wf.load(tmp_path).tokenizer
         assert tokenizer is not None and tokenizer("cab").input_ids == [2, 0, 1]
+
+    def test_a_calibration_of_the_same_weights_in_transformers_fits(self, tmp_path: Path) -> None:
+        original = wf.load(write_original(tmp_path, "mamba")).model
+        assert fingerprint(original) == fingerprint(reference("mamba"))
 
     def test_a_calibration_and_methods_are_used(self, tmp_path: Path) -> None:
         model = wf.load(write_original(tmp_path, "mamba")).model
