@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from widefield.extension import extend, extended, restore
     from widefield.loading import load
     from widefield.methods import DeciMamba, LongMamba
+    from widefield.states import fork_state, load_state, save_state
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
     "calibrate",
     "extend",
     "extended",
+    "fork_state",
     "load",
     "load_bundled",
+    "load_state",
     "restore",
+    "save_state",
     "tune",
 ]
 
@@ -45,9 +49,12 @@ _HOMES = {
     "calibrate": "widefield.collect",
     "extend": "widefield.extension",
     "extended": "widefield.extension",
+    "fork_state": "widefield.states",
     "load": "widefield.loading",
     "load_bundled": "widefield.bundled",
+    "load_state": "widefield.states",
     "restore": "widefield.extension",
+    "save_state": "widefield.states",
     "tune": "widefield.evaluation.tune",
 }
 

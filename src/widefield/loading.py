@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
+from widefield import original
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.extension import extend, read_methods
@@ -36,26 +37,28 @@ def load(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     methods: bool = True,
     **kwargs: Any,
 ) -> Loaded:
-    """Load a transformers checkpoint and whatever widefield saved beside it.
+    """Load a checkpoint and whatever widefield saved beside it.
+
+    Read are checkpoints of transformers, and the original ones of Mamba and Mamba-2, such as
+    "state-spaces/mamba-130m", which become the same transformers classes.
 
     Args:
         path: a folder, or a hub id such as "state-spaces/mamba-130m-hf".
         device: where the model goes.
-        dtype: of the weights; None = the checkpoint's own, float16 on a CPU becoming float32.
+        dtype: of the weights; None = the checkpoint's own, float16 on a CPU becoming float32;
+            "auto" = the checkpoint's own in any case.
         methods: put the methods on that `save_pretrained` wrote; False leaves the model as
             transformers loads it.
-        **kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: passed to `from_pretrained` of the model.
 
     Raises:
-        WidefieldError: if there is no such model, its files are damaged, or saved methods do not
-            fit it.
+        WidefieldError: if there is no such model, its files are damaged or do not belong together,
+            or saved methods do not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(path)
     device = torch.device(device)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -64,9 +67,7 @@ def load(
             "hub id"
         )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype if dtype is not None else "auto", use_safetensors=True, **kwargs
-        )
+        model = _load_model(str(path), None if dtype == "auto" else dtype, kwargs)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise WidefieldError(f"cannot load {str(path)!r}: {_first_line(error)}") from error
     if dtype is None and device.type == "cpu" and model.dtype == torch.float16:
@@ -77,7 +78,27 @@ def load(
         saved = read_methods(folder)
         if saved:
             extend(model, *saved)
-    return Loaded(model, _load_tokenizer(path), calibration)
+    return Loaded(model, _load_tokenizer(path, _hub_options(kwargs)), calibration)
+
+
+def _load_model(path: str, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> Any:
+    """The transformers model of a checkpoint in either layout, its dtype None = as stored."""
+    from transformers import AutoModelForCausalLM
+
+    hub = _hub_options(kwargs)
+    place = original.Place(path, hub)
+    config = place.config()
+    if original.is_original(config):
+        others = {name: value for name, value in kwargs.items() if name not in hub}
+        return original.build(place, config, dtype=dtype, **others)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto" if dtype is None else dtype, use_safetensors=True, **kwargs
+    )
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that say where files are."""
+    return {name: kwargs[name] for name in original.HUB_OPTIONS if name in kwargs}
 
 
 def _first_line(error: Exception) -> str:
@@ -92,14 +113,14 @@ def _calibration_beside(folder: Path) -> Calibration | None:
     return None
 
 
-def _load_tokenizer(path: str | Path) -> Any | None:
+def _load_tokenizer(path: str | Path, hub: dict[str, Any]) -> Any | None:
     from transformers import AutoTokenizer, ByT5Tokenizer
 
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return ByT5Tokenizer() if _is_byte_level(folder) else None
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(path), **hub)
     except (OSError, ValueError, KeyError):
         return None
 

@@ -16,6 +16,7 @@ __all__ = [
     "Interrupted",
     "busy",
     "input_path",
+    "new_folder",
     "out_file",
     "out_folder",
     "positive",
@@ -116,6 +117,18 @@ def out_folder(path: Path) -> Path:
         raise WidefieldError(f"--out {path}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise WidefieldError(f"--out {path}: {there} cannot be written to; give another folder")
+    return path
+
+
+def new_folder(path: Path) -> Path:
+    """A folder that is not there yet, or is empty; checked before a long run and not made yet.
+
+    Raises:
+        WidefieldError: if there is something, or as `out_folder`.
+    """
+    path = out_folder(path)
+    if path.exists() and any(path.iterdir()):
+        raise WidefieldError(f"--out {path} is there and not empty: give a folder that is not")
     return path
 
 

@@ -112,6 +112,7 @@ def load_source(
     dtype: str | None = None,
     calibration: Path | None = None,
     saved_methods: bool = False,
+    as_stored: bool = False,
 ) -> Source:
     """Load a model by the name a user gives it.
 
@@ -121,6 +122,7 @@ def load_source(
         dtype: of the weights; None = the checkpoint's own.
         calibration: a file that takes the place of the one beside the weights.
         saved_methods: put the methods on that were saved with the model.
+        as_stored: without a dtype, leave float16 as it is, where a CPU would compute in float32.
 
     Raises:
         WidefieldError: if there is no such model, device, dtype or calibration.
@@ -139,7 +141,8 @@ def load_source(
     else:
         path = _existing(name)
         _quiet()
-        loaded = load(path, device=where, dtype=wanted, methods=saved_methods)
+        chosen_dtype = "auto" if as_stored and wanted is None else wanted
+        loaded = load(path, device=where, dtype=chosen_dtype, methods=saved_methods)
     chosen = loaded.calibration
     if calibration is not None:
         chosen = Calibration.load(_common.input_path(calibration, "--calibration"))

@@ -14,7 +14,16 @@ from widefield.errors import WidefieldError
 from widefield.families._context import Link, Observer
 from widefield.plan import ModelLayout
 
-__all__ = ["SUPPORTED", "Link", "Observer", "describe", "fingerprint", "mixers", "swaps"]
+__all__ = [
+    "SUPPORTED",
+    "Link",
+    "Observer",
+    "describe",
+    "fingerprint",
+    "mixers",
+    "swaps",
+    "weights_fingerprint",
+]
 
 # mixer class → (module of transformers that defines it, module here that replaces it)
 _FAMILIES = {
@@ -103,6 +112,14 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{original_class(mixer).__name__} {layer}".encode())
         for name, parameter in sorted(mixer.named_parameters()):
             _hash_tensor(digest, name, parameter)
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change with any weight of any model; what is in a cache depends on all."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        _hash_tensor(digest, name, parameter)
     return digest.hexdigest()[:16]
 
 

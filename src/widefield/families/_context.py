@@ -130,6 +130,14 @@ class LayerCache:
                 "call generate() without an assistant model or prompt lookup"
             )
         self.filled = bool(self.entry.has_previous_state[0])
+        # The kernels read the cache by the rows of the input.
+        rows = self.entry.conv_states[0].shape[0] if self.filled else batch
+        if rows != batch:
+            raise WidefieldError(
+                f"the cache holds {rows} row{'s' * (rows != 1)}, the input has {batch}: give one "
+                "row of input for each, or repeat the rows of the cache with "
+                "wf.fork_state(cache, times)"
+            )
 
     @property
     def conv_state(self) -> Float[Tensor, "batch channels kernel"] | None:
