@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from widefield.errors import WidefieldError
-from widefield.ops import Rows
-from widefield.plan import LayerPlan, ScanInputs
+from widefield.ops import Rows, Survivors
+from widefield.plan import LayerPlan, Pool, ScanInputs
 
 Observer = Callable[[int, ScanInputs], None]
 
@@ -117,12 +117,33 @@ def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padd
     return Padding.of_valid(valid, length)
 
 
+@dataclass(slots=True)
+class ChunkedPrefill:
+    """A prefill that comes in chunks; it lies on the cache as long as it lasts.
+
+    Attributes:
+        new: tokens of each row in all chunks together (and in what is announced to follow them);
+            one number if equal.
+        padding: of the current chunk; a row may have no token in it yet.
+        last: whether the current chunk is the last.
+        seen: by layer, what it had consumed before the first chunk.
+        survivors: by decimating layer, what it may keep of the chunks so far.
+    """
+
+    new: tuple[int, ...]
+    padding: Padding
+    last: bool = False
+    seen: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
+    survivors: dict[int, Survivors] = field(default_factory=dict)
+
+
 class LayerCache:
     """One layer's part of a transformers cache, and how many tokens it has consumed."""
 
     def __init__(self, cache: Any, layer: int, batch: int) -> None:
         """Look at layer number `layer` of `cache`; `batch` rows are about to be read."""
         self.cache, self.layer, self.batch = cache, layer, batch
+        self.chunked: ChunkedPrefill | None = getattr(cache, "widefield_prefill", None)
         self.entry = cache.layers[layer]
         if getattr(self.entry, "record_past", False):
             raise WidefieldError(
@@ -144,6 +165,8 @@ class LayerCache:
     @property
     def seen(self) -> tuple[int, ...] | None:
         """Tokens each row has consumed, one number if equal; None if not known."""
+        if self.chunked is not None and self.layer in self.chunked.survivors:
+            return self.chunked.seen[self.layer]  # what is held back is not consumed yet
         if not self.filled:
             return (0,)
         seen = getattr(self.entry, "widefield_seen", None)
@@ -153,6 +176,35 @@ class LayerCache:
             times = self.batch // len(seen)
             return tuple(n for n in seen for _ in range(times))
         return None
+
+    @property
+    def seen_before(self) -> tuple[int, ...] | None:
+        """The same before this prefill, whichever of its chunks is at hand."""
+        if self.chunked is None:
+            return self.seen
+        return self.chunked.seen.setdefault(self.layer, self.seen)
+
+    def decodes(self, length: int, note: Shortened | None) -> bool:
+        """Whether the `length` tokens at hand are a decode step, and not a prefill."""
+        return self.filled and length == 1 and self.chunked is None and note is None
+
+    def more_to_come(self, note: Shortened | None) -> bool:
+        """Whether later chunks of this prefill reach this layer; behind a decimation none do."""
+        return self.chunked is not None and not self.chunked.last and note is None
+
+    def survivors(self, pool: Pool) -> Survivors:
+        """What this layer may keep of the prefill at hand; from earlier chunks where it has some."""
+        if self.chunked is None:
+            return Survivors(pool)
+        self.chunked.seen.setdefault(self.layer, self.seen)
+        return self.chunked.survivors.setdefault(self.layer, Survivors(pool))
+
+    def store_conv(self, conv_state: Tensor) -> None:
+        """Write the last K inputs alone, where the tokens themselves are held back."""
+        if self.filled:
+            self.entry.conv_states[0].copy_(conv_state)
+        else:
+            self.cache.update_conv_state(conv_state, self.layer)
 
     def store(
         self, conv_state: Tensor, state: Tensor | None, new: tuple[int, ...] | None = None
@@ -165,10 +217,7 @@ class LayerCache:
             new: tokens of each row that this forward consumed.
         """
         seen = self.seen
-        if self.filled:
-            self.entry.conv_states[0].copy_(conv_state)
-        else:
-            self.cache.update_conv_state(conv_state, self.layer)
+        self.store_conv(conv_state)
         if state is not None:
             self.cache.update_recurrent_state(state, self.layer)
         self.entry.widefield_seen = None if seen is None or new is None else _add(seen, new)
@@ -210,9 +259,40 @@ def mark_shortened(hidden_states: Tensor, note: Shortened) -> Tensor:
     return hidden_states
 
 
-def padding_of(hidden_states: Tensor, mask: Tensor | None, note: Shortened | None) -> Padding:
+def carry(hidden_states: Tensor, note: Shortened | None) -> Tensor:
+    """A block's output, with the note of a decimation on it where there was one."""
+    return hidden_states if note is None else mark_shortened(hidden_states, note)
+
+
+def padding_of(
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    note: Shortened | None,
+    past: LayerCache | None = None,
+) -> Padding:
     """Padding of a block's input, whether or not earlier layers dropped tokens."""
     length = hidden_states.shape[1]
     if note is not None:
         return Padding.of_valid(note.rows.valid, length)
+    if past is not None and past.chunked is not None:
+        return past.chunked.padding
     return read_padding(mask, length)
+
+
+def plan_of(
+    link: Link,
+    layer: int,
+    past: LayerCache | None,
+    padding: Padding,
+    note: Shortened | None,
+    device: torch.device,
+) -> LayerPlan | None:
+    """The plan of a layer for the prefill at hand; of all its chunks, where it comes in chunks.
+
+    Behind a decimating layer all that was kept comes at once, with the last chunk.
+    """
+    if past is None:
+        return link.plan(layer, (0,), padding.lengths, device)
+    if past.chunked is None or note is not None:
+        return link.plan(layer, past.seen, padding.lengths, device)
+    return link.plan(layer, past.seen_before, past.chunked.new, device)

@@ -8,9 +8,10 @@ from torch import Tensor
 from widefield.ops._backend import choose
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
+from widefield.ops.pool.stream import Survivors
 from widefield.plan import Pool, ScanInputs
 
-__all__ = ["Rows", "pool_tokens", "token_score"]
+__all__ = ["Rows", "Survivors", "pool_tokens", "token_score"]
 
 
 def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
