@@ -23,13 +23,18 @@ _FAMILIES = {
         "transformers.models.falcon_mamba.modeling_falcon_mamba",
         "widefield.families.falcon_mamba",
     ),
+    "JambaMambaMixer": ("transformers.models.jamba.modeling_jamba", "widefield.families.jamba"),
+    "ZambaMambaMixer": ("transformers.models.zamba.modeling_zamba", "widefield.families.zamba"),
 }
-SUPPORTED = ("Mamba (MambaForCausalLM)", "FalconMamba (FalconMambaForCausalLM)")
+SUPPORTED = (
+    "Mamba (MambaForCausalLM)",
+    "FalconMamba (FalconMambaForCausalLM)",
+    "Jamba (JambaForCausalLM)",
+    "Zamba (ZambaForCausalLM)",
+)
 # Mamba-family mixers of transformers that are known and not supported yet: never half-extend such a
 # model.
 _KNOWN_ELSEWHERE = (
-    "JambaMambaMixer",
-    "ZambaMambaMixer",
     "Mamba2Mixer",
     "Zamba2MambaMixer",
     "BambaMixer",
@@ -106,6 +111,17 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _decimation(model: nn.Module) -> str | None:
+    """Why some family in the model cannot do with fewer tokens, or None."""
+    kinds = {original_class(mixer).__name__ for _, mixer in mixers(model)}
+    for kind in sorted(kinds):
+        family = importlib.import_module(_FAMILIES[kind][1])
+        reason = getattr(family, "decimation", None)
+        if reason is not None and (said := reason(model)) is not None:
+            return said
+    return None
+
+
 def describe(model: nn.Module) -> ModelLayout:
     """What a method may know of the model."""
     pairs = list(mixers(model))
@@ -114,4 +130,5 @@ def describe(model: nn.Module) -> ModelLayout:
         fingerprint=fingerprint(model),
         layers=tuple(layer for layer, _ in pairs),
         channels=tuple(int(mixer.intermediate_size) for _, mixer in pairs),  # type: ignore[arg-type]
+        decimation=_decimation(model),
     )

@@ -193,7 +193,7 @@ class LayerCache:
         return self.chunked is not None and not self.chunked.last and note is None
 
     def survivors(self, pool: Pool) -> Survivors:
-        """What this layer may keep of the prefill at hand; from earlier chunks where it has some."""
+        """What this layer may keep of the prefill at hand, earlier chunks included."""
         if self.chunked is None:
             return Survivors(pool)
         self.chunked.seen.setdefault(self.layer, self.seen)
@@ -262,6 +262,18 @@ def mark_shortened(hidden_states: Tensor, note: Shortened) -> Tensor:
 def carry(hidden_states: Tensor, note: Shortened | None) -> Tensor:
     """A block's output, with the note of a decimation on it where there was one."""
     return hidden_states if note is None else mark_shortened(hidden_states, note)
+
+
+def valid_of(hidden_states: Tensor) -> Tensor | None:
+    """(B, L) which rows of a hidden-state tensor are tokens, where `mark_valid` has left it."""
+    return getattr(hidden_states, "_widefield_valid", None)
+
+
+def mark_valid(hidden_states: Tensor, valid: Tensor | None) -> Tensor:
+    """Leave on a hidden-state tensor which of its rows are tokens; None = all."""
+    if valid is not None:
+        hidden_states._widefield_valid = valid  # type: ignore[attr-defined]
+    return hidden_states
 
 
 def padding_of(

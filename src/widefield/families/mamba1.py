@@ -39,11 +39,28 @@ class Mixed:
         output: (B, k, H) of the mixer, k = L where nothing was dropped.
         residual: (B, k, H) the same rows of the residual stream.
         note: the decimation that is behind these rows, or None.
+        valid: (B, k) False where a row is padding, or None if none is.
     """
 
     output: Tensor
     residual: Tensor
     note: Shortened | None
+    valid: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A piece of the sequence.
+
+    Attributes:
+        part: which tokens.
+        inputs: what the scan reads there, without a state.
+        conv_state: (B, D, K) of the convolution behind it.
+    """
+
+    part: slice
+    inputs: ScanInputs
+    conv_state: Tensor
 
 
 class Mamba1Mixer(nn.Module):
@@ -70,7 +87,7 @@ class Mamba1Mixer(nn.Module):
     D: nn.Parameter
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """x before its convolution and the gate z, (B, L, D) each, of (B, L, H)."""
+        """The input x of the convolution and the gate z, (B, L, D) each, of (B, L, H)."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         return x, z
 
@@ -81,7 +98,12 @@ class Mamba1Mixer(nn.Module):
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size],
             dim=-1,
         )
+        low_rank, B, C = self.norm_inputs(low_rank, B, C)
         return self.project_delta(low_rank), B, C
+
+    def norm_inputs(self, low_rank: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What happens to Δ's low rank, B and C before their use: nothing."""
+        return low_rank, B, C
 
     def project_delta(self, low_rank: Tensor) -> Tensor:
         """dt_proj without its bias, which the scan adds; through the module if replaced."""
@@ -134,13 +156,14 @@ class Mamba1Mixer(nn.Module):
         if cache_params is not None:
             past = LayerCache(cache_params, self.layer_idx, batch)
         if past is not None and past.decodes(length, note):
-            return Mixed(self._step(hidden_states, past), residual, None)
+            return Mixed(self._step(hidden_states, past), residual, None, None)
         padding = padding_of(hidden_states, attention_mask, note, past)
         device = hidden_states.device
         plan = plan_of(self._widefield, self.layer_idx, past, padding, note, device)
         if plan is not None and plan.pool is not None:
             return self._shorten(hidden_states, residual, past, padding, plan, note)
-        return Mixed(self._prefill(hidden_states, past, padding, plan), residual, note)
+        output = self._prefill(hidden_states, past, padding, plan)
+        return Mixed(output, residual, note, padding.valid)
 
     mix = force_accelerate_hooks(["conv1d", "dt_proj"])(run)
 
@@ -152,18 +175,17 @@ class Mamba1Mixer(nn.Module):
         plan: LayerPlan | None,
     ) -> Tensor:
         """One tile after the other, so that only the output is as long as the input."""
-        state = self._state(past)
-        output, conv_state = None, None
-        for part, inputs, conv_state in self._read(hidden_states, past, padding):
-            y, state = ops.selective_scan(inputs.replace(initial_state=state), plan)
+        state, output, tile = self._state(past), None, None
+        for tile in self._read(hidden_states, past, padding):
+            y, state = ops.selective_scan(tile.inputs.replace(initial_state=state), plan)
             done = self.out_proj(y.to(hidden_states.dtype))
             if done.shape[1] == hidden_states.shape[1]:
                 output = done
             else:
                 output = _room(output, done, hidden_states.shape[1])
-                output[:, part] = done
-        assert output is not None and conv_state is not None and state is not None
-        self._close(past, plan, conv_state, state, padding.lengths)
+                output[:, tile.part] = done
+        assert output is not None and tile is not None and state is not None
+        self._close(past, plan, tile.conv_state, state, padding.lengths)
         return output
 
     def _shorten(
@@ -177,28 +199,28 @@ class Mamba1Mixer(nn.Module):
     ) -> Mixed:
         """Keep the best tokens; of a prefill in chunks, nothing goes on before the last chunk."""
         assert plan.pool is not None
-        state, conv_state, inputs = self._state(past), None, None
+        state, tile = self._state(past), None
         survivors = Survivors(plan.pool) if past is None else past.survivors(plan.pool)
-        for part, inputs, conv_state in self._read(hidden_states, past, padding):
-            self._offer(survivors, inputs, plan.pool, residual[:, part])
-        assert conv_state is not None and inputs is not None
+        for tile in self._read(hidden_states, past, padding):
+            self._offer(survivors, tile.inputs, plan.pool, residual[:, tile.part])
+        assert tile is not None
         if past is not None and past.more_to_come(note):
-            past.store_conv(conv_state)
-            return Mixed(hidden_states[:, :0], residual[:, :0], note)
+            past.store_conv(tile.conv_state)
+            return Mixed(hidden_states[:, :0], residual[:, :0], note, None)
         rows, tokens = survivors.take()
         residual = tokens.pop("residual")
-        kept = inputs.replace(**tokens, valid=rows.valid, initial_state=state)
+        kept = tile.inputs.replace(**tokens, valid=rows.valid, initial_state=state)
         y, state = ops.selective_scan(kept, plan)
         lengths = Padding.of_valid(rows.valid, rows.index.shape[1]).lengths
-        self._close(past, plan, conv_state, state, lengths)
+        self._close(past, plan, tile.conv_state, state, lengths)
         length = hidden_states.shape[1] if note is None else note.length
         output = self.out_proj(y.to(hidden_states.dtype))
-        return Mixed(output, residual, Shortened(rows, length))
+        return Mixed(output, residual, Shortened(rows, length), rows.valid)
 
     def _read(
         self, hidden_states: Tensor, past: LayerCache | None, padding: Padding
-    ) -> Iterator[tuple[slice, ScanInputs, Tensor]]:
-        """The scan's inputs without a state, and the convolution's state, tile by tile."""
+    ) -> Iterator[Tile]:
+        """The scan's inputs tile by tile."""
         conv_state = None if past is None else past.conv_state
         for part in self._tiles(hidden_states):
             valid = None if padding.valid is None else padding.valid[:, part]
@@ -206,7 +228,7 @@ class Mamba1Mixer(nn.Module):
             if self._widefield.observer is not None:
                 whole = inputs.replace(initial_state=self._state(past))
                 self._widefield.observer(self.layer_idx, whole)
-            yield part, inputs, conv_state
+            yield Tile(part, inputs, conv_state)
 
     def _tiles(self, hidden_states: Tensor) -> Iterator[slice]:
         """Pieces of the sequence; one piece where gradients or an observer need it whole."""
@@ -303,6 +325,18 @@ class Mamba1Mixer(nn.Module):
         )
         past.store(conv_state, None, (1,))
         return self.out_proj(y[:, None].to(hidden_states.dtype))
+
+
+class NormedMamba1Mixer(Mamba1Mixer):
+    """The same for mixers that norm Δ's low rank, B and C."""
+
+    dt_layernorm: nn.Module
+    b_layernorm: nn.Module
+    c_layernorm: nn.Module
+
+    def norm_inputs(self, low_rank: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each through its own norm."""
+        return self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
 
 
 def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:

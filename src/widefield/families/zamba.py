@@ -9,10 +9,6 @@ from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 
 from widefield.families.mamba1 import Mamba1Mixer
 
-NO_DECIMATION = (
-    "its shared attention joins each token with that token's embedding, of which none may be missing"
-)
-
 
 class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
     """`ZambaMambaMixer` on our kernels: a head is a group of channels with its own B and C."""
@@ -24,7 +20,7 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
     dt_proj_bias: nn.Parameter
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """x and z lie side by side, channel by channel."""
+        """Channel by channel, x and z lie side by side."""
         x, z = self.in_proj(hidden_states).unflatten(-1, (-1, 2)).unbind(-1)
         return x.contiguous(), z.contiguous()
 
@@ -51,4 +47,4 @@ SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}
 
 def decimation(model: nn.Module) -> str:
     """Why no token may be dropped."""
-    return NO_DECIMATION
+    return "its shared attention joins the tokens with the embeddings of all of them"
