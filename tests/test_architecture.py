@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"plan", "calibration"}),
     frozenset({"ops"}),
     frozenset({"methods", "families"}),
-    frozenset({"extension", "loading", "collect", "bundled"}),
+    frozenset({"extension", "loading", "collect", "bundled", "prefilling"}),
     frozenset({"tasks", "evaluation", "analysis", "training", "integrations"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

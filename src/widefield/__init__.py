@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from widefield.extension import extend, extended, restore
     from widefield.loading import load
     from widefield.methods import DeciMamba, LongMamba
+    from widefield.prefilling import prefill
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "extended",
     "load",
     "load_bundled",
+    "prefill",
     "restore",
     "tune",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "extended": "widefield.extension",
     "load": "widefield.loading",
     "load_bundled": "widefield.bundled",
+    "prefill": "widefield.prefilling",
     "restore": "widefield.extension",
     "tune": "widefield.evaluation.tune",
 }

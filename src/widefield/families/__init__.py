@@ -11,10 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from widefield.errors import WidefieldError
-from widefield.families._context import Link, Observer
+from widefield.families._context import (
+    ChunkedPrefill,
+    LayerCache,
+    Link,
+    Observer,
+    Padding,
+    check_covers,
+    read_padding,
+)
 from widefield.plan import ModelLayout
 
-__all__ = ["SUPPORTED", "Link", "Observer", "describe", "fingerprint", "mixers", "swaps"]
+__all__ = [
+    "SUPPORTED",
+    "ChunkedPrefill",
+    "LayerCache",
+    "Link",
+    "Observer",
+    "Padding",
+    "check_covers",
+    "describe",
+    "fingerprint",
+    "mixers",
+    "original_class",
+    "read_padding",
+    "swaps",
+]
 
 # mixer class → (module of transformers that defines it, module here that replaces it)
 _FAMILIES = {

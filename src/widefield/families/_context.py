@@ -85,16 +85,25 @@ def read_padding(mask: Tensor | None, length: int) -> Padding:
             "for tokens "
             "and 0 for left padding"
         )
-    if mask.shape[1] < length:
-        raise WidefieldError(
-            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one "
-            "entry a token"
-        )
+    check_covers(mask, length)
     padding = _check_left_padded(mask[:, -length:].bool(), length)
     # A tensor that takes no attributes is read again by the next layer.
     with suppress(AttributeError, RuntimeError):
         mask._widefield_padding = ((length, mask._version), padding)  # type: ignore[attr-defined]
     return padding
+
+
+def check_covers(mask: Tensor, length: int) -> None:
+    """Raise unless a 2-D mask has an entry for each of `length` tokens; some models cut it first.
+
+    Raises:
+        WidefieldError: naming both lengths.
+    """
+    if mask.shape[1] < length:
+        raise WidefieldError(
+            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one "
+            "entry a token"
+        )
 
 
 def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padding:
