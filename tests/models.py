@@ -28,14 +28,18 @@ def tiny_mamba(seed: int = 0) -> MambaForCausalLM:
     return MambaForCausalLM(config).eval()
 
 
-def tiny_family(name: str, **options: object) -> PreTrainedModel:
+def tiny_family(family: str, **options: object) -> PreTrainedModel:
     """A random model of a Mamba-1 style family with lively weights; options go to its config."""
-    config, kind, own = FAMILIES[name]
+    config, kind, own = FAMILIES[family]
     torch.manual_seed(0)
     model = kind(config(**{**_SHARED, **own, **options})).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(2.0)
+        if family == "zamba" and ("conv1d" in name or "x_proj" in name):
+            parameter.data.mul_(20.0)  # Zamba starts with states too small to show in its logits
+        if family == "jamba" and name.endswith("dt_proj.bias"):
+            parameter.data.fill_(-4.0)  # Jamba starts with a Δ larger than any trained one
     return model
 
 
