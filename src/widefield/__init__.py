@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from widefield.extension import extend, extended, restore
     from widefield.loading import load
     from widefield.methods import DeciMamba, LongMamba
+    from widefield.prefilling import prefill
     from widefield.states import fork_state, load_state, save_state
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_bundled",
     "load_state",
+    "prefill",
     "restore",
     "save_state",
     "tune",
@@ -53,6 +55,7 @@ _HOMES = {
     "load": "widefield.loading",
     "load_bundled": "widefield.bundled",
     "load_state": "widefield.states",
+    "prefill": "widefield.prefilling",
     "restore": "widefield.extension",
     "save_state": "widefield.states",
     "tune": "widefield.evaluation.tune",

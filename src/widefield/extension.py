@@ -8,6 +8,7 @@ each other.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from widefield.families import Observer
 from widefield.methods import from_config, plan_layer
 from widefield.methods.base import Method
 from widefield.plan import LayerPlan, ModelLayout
+from widefield.prefilling import in_chunks
 
 __all__ = [
     "Extension",
@@ -224,6 +226,9 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         tokens = kwargs.get("inputs_embeds")
     if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 0:
         raise WidefieldError("the prompt is empty: expected at least one token")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and isinstance(tokens, torch.Tensor) and mask.ndim == 2:
+        families.check_covers(mask, tokens.shape[1])
     extension: Extension = model.__dict__["widefield"]
     if kwargs.get("labels") is not None and extension.drops_tokens:
         raise WidefieldError(
@@ -234,9 +239,27 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class _ExtendedModel:
-    """An extended model's top class: it saves what is on beside the weights."""
+    """An extended model's top class: it saves what is on, and reads a prompt in chunks."""
 
     widefield: Extension
+
+    def __call__(self, *args: Any, widefield_chunk_size: int | None = None, **kwargs: Any) -> Any:
+        if widefield_chunk_size is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return in_chunks(self, kwargs, widefield_chunk_size)  # type: ignore[arg-type]
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Stock chunks lose the state: let transformers prepare one call, and cut that one."""
+        size = generation_config.prefill_chunk_size
+        if size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            model_kwargs = {**model_kwargs, "widefield_chunk_size": size}
+        return super()._prefill(  # type: ignore[misc]
+            input_ids, generation_config, model_kwargs, **kwargs
+        )
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -250,7 +273,18 @@ class _ExtendedModel:
                     f"generate({name}=...) rolls the cache back, which a recurrent state "
                     "cannot: leave it out"
                 )
+        _check_continued(kwargs.get("past_key_values"))
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _check_continued(cache: Any) -> None:
+    """Refuse what transformers would measure wrongly: how much of the prompt a cache holds."""
+    if any(hasattr(entry, "widefield_valid") for entry in getattr(cache, "layers", ())):
+        raise WidefieldError(
+            "generate(past_key_values=...) takes the length of the cache's attention for that of "
+            "the text, and decimamba has shortened it: call model(new_ids, past_key_values=...) or "
+            "wf.prefill(model, new_ids, cache=...), and decode from there"
+        )
 
 
 _CLASSES: dict[type, type] = {}

@@ -26,13 +26,15 @@ class ScanInputs:
         silu(z_t)
 
     Tensors are channels-last; the last dimension has stride 1, the others may be strided views.
+    Where B and C have a dimension of groups, the channels are that many equal parts in a row, each
+    with its own B and C (the heads of Zamba).
 
     Attributes:
         x: what is written into the state, any floating dtype.
         delta: raw Δ before bias and softplus (or Δ itself if `delta_softplus` is false).
         A: negative decay rates, float32 (or float64 in tests).
-        B: input projection, one per token.
-        C: output projection, one per token.
+        B: input projection, one per token, or one per token and group.
+        C: output projection, like B.
         D: skip connection, or None.
         z: gate before its silu, or None.
         delta_bias: added to `delta` before the softplus, or None.
@@ -45,8 +47,8 @@ class ScanInputs:
     x: Float[Tensor, "batch length channels"]
     delta: Float[Tensor, "batch length channels"]
     A: Float[Tensor, "channels state"]
-    B: Float[Tensor, "batch length state"]
-    C: Float[Tensor, "batch length state"]
+    B: Float[Tensor, "batch length *groups state"]
+    C: Float[Tensor, "batch length *groups state"]
     D: Float[Tensor, " channels"] | None = None
     z: Float[Tensor, "batch length channels"] | None = None
     delta_bias: Float[Tensor, " channels"] | None = None

@@ -11,16 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from widefield.errors import WidefieldError
-from widefield.families._context import Link, Observer
+from widefield.families._context import (
+    ChunkedPrefill,
+    LayerCache,
+    Link,
+    Observer,
+    Padding,
+    check_covers,
+    read_padding,
+)
 from widefield.plan import ModelLayout
 
 __all__ = [
     "SUPPORTED",
+    "ChunkedPrefill",
+    "LayerCache",
     "Link",
     "Observer",
+    "Padding",
+    "check_covers",
     "describe",
     "fingerprint",
     "mixers",
+    "original_class",
+    "read_padding",
     "swaps",
     "weights_fingerprint",
 ]
@@ -32,13 +46,18 @@ _FAMILIES = {
         "transformers.models.falcon_mamba.modeling_falcon_mamba",
         "widefield.families.falcon_mamba",
     ),
+    "JambaMambaMixer": ("transformers.models.jamba.modeling_jamba", "widefield.families.jamba"),
+    "ZambaMambaMixer": ("transformers.models.zamba.modeling_zamba", "widefield.families.zamba"),
 }
-SUPPORTED = ("Mamba (MambaForCausalLM)", "FalconMamba (FalconMambaForCausalLM)")
+SUPPORTED = (
+    "Mamba (MambaForCausalLM)",
+    "FalconMamba (FalconMambaForCausalLM)",
+    "Jamba (JambaForCausalLM)",
+    "Zamba (ZambaForCausalLM)",
+)
 # Mamba-family mixers of transformers that are known and not supported yet: never half-extend such a
 # model.
 _KNOWN_ELSEWHERE = (
-    "JambaMambaMixer",
-    "ZambaMambaMixer",
     "Mamba2Mixer",
     "Zamba2MambaMixer",
     "BambaMixer",
@@ -123,6 +142,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _decimation(model: nn.Module) -> str | None:
+    """Why some family in the model cannot do with fewer tokens, or None."""
+    kinds = {original_class(mixer).__name__ for _, mixer in mixers(model)}
+    for kind in sorted(kinds):
+        family = importlib.import_module(_FAMILIES[kind][1])
+        reason = getattr(family, "decimation", None)
+        if reason is not None and (said := reason(model)) is not None:
+            return said
+    return None
+
+
 def describe(model: nn.Module) -> ModelLayout:
     """What a method may know of the model."""
     pairs = list(mixers(model))
@@ -131,4 +161,5 @@ def describe(model: nn.Module) -> ModelLayout:
         fingerprint=fingerprint(model),
         layers=tuple(layer for layer, _ in pairs),
         channels=tuple(int(mixer.intermediate_size) for _, mixer in pairs),  # type: ignore[arg-type]
+        decimation=_decimation(model),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from widefield.errors import WidefieldError
-from widefield.ops import Rows
-from widefield.plan import LayerPlan, ScanInputs
+from widefield.ops import Rows, Survivors
+from widefield.plan import LayerPlan, Pool, ScanInputs
 
 Observer = Callable[[int, ScanInputs], None]
 
@@ -85,16 +85,25 @@ def read_padding(mask: Tensor | None, length: int) -> Padding:
             "for tokens "
             "and 0 for left padding"
         )
-    if mask.shape[1] < length:
-        raise WidefieldError(
-            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one "
-            "entry a token"
-        )
+    check_covers(mask, length)
     padding = _check_left_padded(mask[:, -length:].bool(), length)
     # A tensor that takes no attributes is read again by the next layer.
     with suppress(AttributeError, RuntimeError):
         mask._widefield_padding = ((length, mask._version), padding)  # type: ignore[attr-defined]
     return padding
+
+
+def check_covers(mask: Tensor, length: int) -> None:
+    """Raise unless a 2-D mask has an entry for each of `length` tokens; some models cut it first.
+
+    Raises:
+        WidefieldError: naming both lengths.
+    """
+    if mask.shape[1] < length:
+        raise WidefieldError(
+            f"attention_mask covers {mask.shape[1]} tokens, the input has {length}: pass one "
+            "entry a token"
+        )
 
 
 def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padding:
@@ -117,12 +126,33 @@ def _check_left_padded(valid: Bool[Tensor, "batch length"], length: int) -> Padd
     return Padding.of_valid(valid, length)
 
 
+@dataclass(slots=True)
+class ChunkedPrefill:
+    """A prefill that comes in chunks; it lies on the cache as long as it lasts.
+
+    Attributes:
+        new: tokens of each row in all chunks together (and in what is announced to follow them);
+            one number if equal.
+        padding: of the current chunk; a row may have no token in it yet.
+        last: whether the current chunk is the last.
+        seen: by layer, what it had consumed before the first chunk.
+        survivors: by decimating layer, what it may keep of the chunks so far.
+    """
+
+    new: tuple[int, ...]
+    padding: Padding
+    last: bool = False
+    seen: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
+    survivors: dict[int, Survivors] = field(default_factory=dict)
+
+
 class LayerCache:
     """One layer's part of a transformers cache, and how many tokens it has consumed."""
 
     def __init__(self, cache: Any, layer: int, batch: int) -> None:
         """Look at layer number `layer` of `cache`; `batch` rows are about to be read."""
         self.cache, self.layer, self.batch = cache, layer, batch
+        self.chunked: ChunkedPrefill | None = getattr(cache, "widefield_prefill", None)
         self.entry = cache.layers[layer]
         if getattr(self.entry, "record_past", False):
             raise WidefieldError(
@@ -152,6 +182,8 @@ class LayerCache:
     @property
     def seen(self) -> tuple[int, ...] | None:
         """Tokens each row has consumed, one number if equal; None if not known."""
+        if self.chunked is not None and self.layer in self.chunked.survivors:
+            return self.chunked.seen[self.layer]  # what is held back is not consumed yet
         if not self.filled:
             return (0,)
         seen = getattr(self.entry, "widefield_seen", None)
@@ -161,6 +193,35 @@ class LayerCache:
             times = self.batch // len(seen)
             return tuple(n for n in seen for _ in range(times))
         return None
+
+    @property
+    def seen_before(self) -> tuple[int, ...] | None:
+        """The same before this prefill, whichever of its chunks is at hand."""
+        if self.chunked is None:
+            return self.seen
+        return self.chunked.seen.setdefault(self.layer, self.seen)
+
+    def decodes(self, length: int, note: Shortened | None) -> bool:
+        """Whether the `length` tokens at hand are a decode step, and not a prefill."""
+        return self.filled and length == 1 and self.chunked is None and note is None
+
+    def more_to_come(self, note: Shortened | None) -> bool:
+        """Whether later chunks of this prefill reach this layer; behind a decimation none do."""
+        return self.chunked is not None and not self.chunked.last and note is None
+
+    def survivors(self, pool: Pool) -> Survivors:
+        """What this layer may keep of the prefill at hand, earlier chunks included."""
+        if self.chunked is None:
+            return Survivors(pool)
+        self.chunked.seen.setdefault(self.layer, self.seen)
+        return self.chunked.survivors.setdefault(self.layer, Survivors(pool))
+
+    def store_conv(self, conv_state: Tensor) -> None:
+        """Write the last K inputs alone, where the tokens themselves are held back."""
+        if self.filled:
+            self.entry.conv_states[0].copy_(conv_state)
+        else:
+            self.cache.update_conv_state(conv_state, self.layer)
 
     def store(
         self, conv_state: Tensor, state: Tensor | None, new: tuple[int, ...] | None = None
@@ -173,10 +234,7 @@ class LayerCache:
             new: tokens of each row that this forward consumed.
         """
         seen = self.seen
-        if self.filled:
-            self.entry.conv_states[0].copy_(conv_state)
-        else:
-            self.cache.update_conv_state(conv_state, self.layer)
+        self.store_conv(conv_state)
         if state is not None:
             self.cache.update_recurrent_state(state, self.layer)
         self.entry.widefield_seen = None if seen is None or new is None else _add(seen, new)
@@ -218,9 +276,52 @@ def mark_shortened(hidden_states: Tensor, note: Shortened) -> Tensor:
     return hidden_states
 
 
-def padding_of(hidden_states: Tensor, mask: Tensor | None, note: Shortened | None) -> Padding:
+def carry(hidden_states: Tensor, note: Shortened | None) -> Tensor:
+    """A block's output, with the note of a decimation on it where there was one."""
+    return hidden_states if note is None else mark_shortened(hidden_states, note)
+
+
+def valid_of(hidden_states: Tensor) -> Tensor | None:
+    """(B, L) which rows of a hidden-state tensor are tokens, where `mark_valid` has left it."""
+    return getattr(hidden_states, "_widefield_valid", None)
+
+
+def mark_valid(hidden_states: Tensor, valid: Tensor | None) -> Tensor:
+    """Leave on a hidden-state tensor which of its rows are tokens; None = all."""
+    if valid is not None:
+        hidden_states._widefield_valid = valid  # type: ignore[attr-defined]
+    return hidden_states
+
+
+def padding_of(
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    note: Shortened | None,
+    past: LayerCache | None = None,
+) -> Padding:
     """Padding of a block's input, whether or not earlier layers dropped tokens."""
     length = hidden_states.shape[1]
     if note is not None:
         return Padding.of_valid(note.rows.valid, length)
+    if past is not None and past.chunked is not None:
+        return past.chunked.padding
     return read_padding(mask, length)
+
+
+def plan_of(
+    link: Link,
+    layer: int,
+    past: LayerCache | None,
+    padding: Padding,
+    note: Shortened | None,
+    device: torch.device,
+) -> LayerPlan | None:
+    """The plan of a layer for the prefill at hand; of all its chunks, where it comes in chunks.
+
+    Behind a decimating layer all that was kept comes at once, with the last chunk.
+    """
+    if past is None:
+        return link.plan(layer, (0,), padding.lengths, device)
+    if past.chunked is None or note is not None:
+        return link.plan(layer, past.seen, padding.lengths, device)
+    return link.plan(layer, past.seen_before, past.chunked.new, device)

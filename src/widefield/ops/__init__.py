@@ -5,13 +5,14 @@ from __future__ import annotations
 from widefield.ops._backend import use_backend
 from widefield.ops._delta import effective_delta
 from widefield.ops.causal_conv1d import causal_conv1d
-from widefield.ops.pool import Rows, pool_tokens, token_score
+from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
 from widefield.ops.selective_scan import selective_scan
 from widefield.ops.ssd import ssd
 from widefield.ops.state_update import selective_state_update, ssd_state_update
 
 __all__ = [
     "Rows",
+    "Survivors",
     "causal_conv1d",
     "effective_delta",
     "pool_tokens",

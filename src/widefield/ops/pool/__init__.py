@@ -11,9 +11,10 @@ from torch import Tensor
 from widefield.ops._backend import choose
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
+from widefield.ops.pool.stream import Survivors
 from widefield.plan import Pool, ScanInputs, SSDInputs
 
-__all__ = ["Rows", "pool_tokens", "token_score"]
+__all__ = ["Rows", "Survivors", "pool_tokens", "token_score"]
 Inputs = TypeVar("Inputs", ScanInputs, SSDInputs)
 _SEQUENCES = ("x", "delta", "B", "C", "z")
 

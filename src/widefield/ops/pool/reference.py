@@ -53,23 +53,45 @@ def select_rows(
     Raises:
         WidefieldError: if the score of a valid token is not finite.
     """
-    length = score.shape[1]
-    score = score.detach()
+    check_scores(score, valid)
+    most = score.shape[1] if valid is None else int(valid.sum(1).max())
+    index = best(score, pool.protect, valid, max(1, min(pool.keep, most)))
+    if valid is None:
+        return Rows(index, None)
+    kept = torch.gather(valid, 1, index)
+    return Rows(index, None if bool(kept.all()) else kept)
+
+
+def check_scores(
+    score: Float[Tensor, "batch length"], valid: Bool[Tensor, "batch length"] | None
+) -> None:
+    """Raise unless every valid token has a finite score.
+
+    Raises:
+        WidefieldError: naming the likely causes.
+    """
     finite = torch.isfinite(score) if valid is None else torch.isfinite(score) | ~valid
     if not bool(finite.all()):
         raise WidefieldError(
             "non-finite Δ: a token's importance score is NaN or infinite; "
             "check the model's weights and its dtype (float32 is safest)"
         )
-    score = score.clone()
-    score[:, length - min(pool.protect, length) :] = torch.inf
+
+
+def best(
+    score: Float[Tensor, "batch length"],
+    protect: int,
+    valid: Bool[Tensor, "batch length"] | None,
+    count: int,
+) -> Int[Tensor, "batch count"]:
+    """Positions of the `count` best tokens of every row, ascending; the last `protect` come first.
+
+    Ties go to the earlier token, and padding comes last.
+    """
+    length = score.shape[1]
+    score = score.detach().clone()
+    score[:, length - min(protect, length) :] = torch.inf
     if valid is not None:
         score = score.masked_fill(~valid, -torch.inf)
-    most = length if valid is None else int(valid.sum(1).max())
-    keep = max(1, min(pool.keep, most))
-    order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :keep]
-    index = order.sort(dim=1).values
-    if valid is None:
-        return Rows(index, None)
-    kept = torch.gather(valid, 1, index)
-    return Rows(index, None if bool(kept.all()) else kept)
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+    return order.sort(dim=1).values

@@ -9,9 +9,46 @@ from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.state_update import reference
-from widefield.ops.state_update.reference import selective_state_update
 
 __all__ = ["selective_state_update", "ssd_state_update"]
+
+
+def selective_state_update(
+    state: Float[Tensor, "batch channels state"],
+    x: Float[Tensor, "batch channels"],
+    delta: Float[Tensor, "batch channels"],
+    A: Float[Tensor, "channels state"],
+    B: Float[Tensor, "batch *groups state"],
+    C: Float[Tensor, "batch *groups state"],
+    D: Float[Tensor, " channels"] | None = None,
+    z: Float[Tensor, "batch channels"] | None = None,
+    delta_bias: Float[Tensor, " channels"] | None = None,
+    *,
+    delta_softplus: bool = True,
+) -> Float[Tensor, "batch channels"]:
+    """Advance `state` by one token, in place. Decode steps are never filtered: no plan.
+
+    Args:
+        state: updated in place; float32 keeps long decodes exact.
+        x: what is written into the state.
+        delta: raw Δ before bias and softplus.
+        A: negative decay rates.
+        B: input projection of the token; with groups, the channels are that many equal parts.
+        C: output projection of the token, like B.
+        D: skip connection, or None.
+        z: gate before its silu, or None.
+        delta_bias: added to `delta`, or None.
+        delta_softplus: whether Δ = softplus(delta + bias).
+
+    Returns:
+        That token's y (B, D), in the dtype of x.
+    """
+    step = reference.selective_state_update
+    if choose(state, x, delta, A, B, C, z) == "cpu":
+        from widefield.ops.state_update import cpu
+
+        step = cpu.selective_state_update
+    return step(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus)
 
 
 def ssd_state_update(

@@ -87,8 +87,8 @@ def selective_state_update(
     x: Float[Tensor, "batch channels"],
     delta: Float[Tensor, "batch channels"],
     A: Float[Tensor, "channels state"],
-    B: Float[Tensor, "batch state"],
-    C: Float[Tensor, "batch state"],
+    B: Float[Tensor, "batch *groups state"],
+    C: Float[Tensor, "batch *groups state"],
     D: Float[Tensor, " channels"] | None = None,
     z: Float[Tensor, "batch channels"] | None = None,
     delta_bias: Float[Tensor, " channels"] | None = None,
@@ -98,7 +98,8 @@ def selective_state_update(
     """Advance `state` by one token, in place; with the signature of the reference.
 
     Args:
-        state: updated in place; a state that is not dense float32 goes through the reference.
+        state: updated in place; a state that is not dense float32 goes through the reference, and
+            so do groups.
         x: what is written into the state.
         delta: raw Δ before bias and softplus.
         A: negative decay rates.
@@ -112,7 +113,7 @@ def selective_state_update(
     Returns:
         That token's y, in the dtype of x.
     """
-    if state.dtype != torch.float32 or not state.is_contiguous():
+    if state.dtype != torch.float32 or not state.is_contiguous() or B.ndim == 3:
         return reference.selective_state_update(
             state, x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus
         )

@@ -15,8 +15,8 @@ def selective_state_update(
     x: Float[Tensor, "batch channels"],
     delta: Float[Tensor, "batch channels"],
     A: Float[Tensor, "channels state"],
-    B: Float[Tensor, "batch state"],
-    C: Float[Tensor, "batch state"],
+    B: Float[Tensor, "batch *groups state"],
+    C: Float[Tensor, "batch *groups state"],
     D: Float[Tensor, " channels"] | None = None,
     z: Float[Tensor, "batch channels"] | None = None,
     delta_bias: Float[Tensor, " channels"] | None = None,
@@ -30,8 +30,8 @@ def selective_state_update(
         x: what is written into the state.
         delta: raw Δ before bias and softplus.
         A: negative decay rates.
-        B: input projection of the token.
-        C: output projection of the token.
+        B: input projection of the token; with groups, the channels are that many equal parts.
+        C: output projection of the token, like B.
         D: skip connection, or None.
         z: gate before its silu, or None.
         delta_bias: added to `delta`, or None.
@@ -44,9 +44,10 @@ def selective_state_update(
     if delta_softplus:
         step = F.softplus(step)
     decay = torch.exp(step[..., None] * A.to(dtype))
-    new = decay * state.to(dtype) + (step * x.to(dtype))[..., None] * B.to(dtype)[:, None]
+    written = (step * x.to(dtype))[..., None]
+    new = decay * state.to(dtype) + written * _per_channel(B.to(dtype), x.shape[1])
     state.copy_(new)
-    y = (new * C.to(dtype)[:, None]).sum(-1)
+    y = (new * _per_channel(C.to(dtype), x.shape[1])).sum(-1)
     if D is not None:
         y = y + D.to(dtype) * x.to(dtype)
     if z is not None:
@@ -98,3 +99,10 @@ def ssd_state_update(
     if D is not None:
         y = y + D.to(dtype)[:, None] * x.to(dtype)
     return y.to(x.dtype)
+
+
+def _per_channel(values: Tensor, channels: int) -> Tensor:
+    """(B, N) or (B, G, N) made to broadcast against (B, D, N)."""
+    if values.ndim == 2:
+        return values[:, None]
+    return values.repeat_interleave(channels // values.shape[1], dim=1)
