@@ -8,7 +8,7 @@ from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, pool_tokens, token_score
 from widefield.ops.selective_scan import selective_scan
 from widefield.ops.ssd import ssd
-from widefield.ops.state_update import selective_state_update
+from widefield.ops.state_update import selective_state_update, ssd_state_update
 
 __all__ = [
     "Rows",
@@ -18,6 +18,7 @@ __all__ = [
     "selective_scan",
     "selective_state_update",
     "ssd",
+    "ssd_state_update",
     "token_score",
     "use_backend",
 ]

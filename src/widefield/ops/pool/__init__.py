@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
-from widefield.plan import Pool, ScanInputs
+from widefield.plan import Pool, ScanInputs, SSDInputs
 
 __all__ = ["Rows", "pool_tokens", "token_score"]
 
+Inputs = TypeVar("Inputs", ScanInputs, SSDInputs)
 
-def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
+
+def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Float[Tensor, "batch length"]:
     """How important each token is: ‖w ⊙ min(Δ_t, c)‖₂ over channels, float32.
 
     Args:
         inputs: the scan's inputs.
         pool: the clamp c and the weights w.
     """
-    if choose(inputs.x, inputs.delta) == "cpu":
+    if isinstance(inputs, ScanInputs) and choose(inputs.x, inputs.delta) == "cpu":
         from widefield.ops.pool import cpu
 
         return cpu.token_score(inputs, pool)
     return reference.token_score(inputs, pool)
 
 
-def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
+def pool_tokens(inputs: Inputs, pool: Pool) -> tuple[Inputs, Rows]:
     """Keep the best tokens of one layer's scan inputs.
 
     Args:
@@ -43,12 +47,8 @@ def pool_tokens(inputs: ScanInputs, pool: Pool) -> tuple[ScanInputs, Rows]:
         WidefieldError: if a valid token's score is not finite.
     """
     rows = reference.select_rows(token_score(inputs, pool), pool, inputs.valid)
-    kept = inputs.replace(
-        x=rows.gather(inputs.x),
-        delta=rows.gather(inputs.delta),
-        B=rows.gather(inputs.B),
-        C=rows.gather(inputs.C),
-        z=None if inputs.z is None else rows.gather(inputs.z),
-        valid=rows.valid,
-    )
-    return kept, rows
+    names = ["x", "delta", "B", "C"]
+    if isinstance(inputs, ScanInputs) and inputs.z is not None:
+        names.append("z")
+    kept = {name: rows.gather(getattr(inputs, name)) for name in names}
+    return inputs.replace(**kept, valid=rows.valid), rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widefield.errors import WidefieldError
 from widefield.ops._delta import effective_delta
-from widefield.plan import Pool, ScanInputs
+from widefield.plan import Pool, ScanInputs, SSDInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class Rows:
     index: Int[Tensor, "batch kept"]
     valid: Bool[Tensor, "batch kept"] | None
 
-    def gather(self, sequence: Float[Tensor, "batch length features"]) -> Tensor:
-        """The kept rows (B, k, F) of a sequence (B, L, F); gradients flow through them."""
-        index = self.index[..., None].expand(-1, -1, sequence.shape[-1])
-        return torch.gather(sequence, 1, index)
+    def gather(self, sequence: Float[Tensor, "batch length *features"]) -> Tensor:
+        """The kept rows (B, k, …) of a sequence (B, L, …); gradients flow through them."""
+        index = self.index.reshape(*self.index.shape, *(1 for _ in sequence.shape[2:]))
+        return torch.gather(sequence, 1, index.expand(-1, -1, *sequence.shape[2:]))
 
 
-def token_score(inputs: ScanInputs, pool: Pool) -> Float[Tensor, "batch length"]:
+def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Float[Tensor, "batch length"]:
     """‖w ⊙ min(Δ_t, c)‖₂ over channels, float32 (float64 if the inputs are)."""
     delta = effective_delta(inputs)
     if pool.clamp is not None:

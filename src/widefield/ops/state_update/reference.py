@@ -1,6 +1,8 @@
-"""One decode step of the selective scan in plain torch."""
+"""One decode step of either scan in plain torch."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -49,4 +51,49 @@ def selective_state_update(
         y = y + D.to(dtype) * x.to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype)
+
+
+def ssd_state_update(
+    state: Float[Tensor, "batch heads width state"],
+    x: Float[Tensor, "batch heads width"],
+    delta: Float[Tensor, "batch heads"],
+    A: Float[Tensor, " heads"],
+    B: Float[Tensor, "batch groups state"],
+    C: Float[Tensor, "batch groups state"],
+    D: Float[Tensor, " heads"] | None = None,
+    delta_bias: Float[Tensor, " heads"] | None = None,
+    *,
+    delta_softplus: bool = True,
+    delta_limit: tuple[float, float] = (0.0, math.inf),
+) -> Float[Tensor, "batch heads width"]:
+    """Advance a state of Mamba-2 by one token, in place, and return y in the dtype of x.
+
+    Args:
+        state: updated in place; float32 keeps long decodes exact.
+        x: what is written into the state.
+        delta: raw Δ before bias and softplus.
+        A: negative decay rates.
+        B: input projection of the token, one a group of heads.
+        C: output projection of the token, one a group of heads.
+        D: skip connection, or None.
+        delta_bias: added to `delta`, or None.
+        delta_softplus: whether Δ = softplus(delta + bias).
+        delta_limit: smallest and largest Δ that the model allows.
+    """
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    step = delta.to(dtype)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    if delta_softplus:
+        step = F.softplus(step)
+    step = torch.clamp(step, *delta_limit)
+    share = x.shape[1] // B.shape[1]
+    B, C = (t.to(dtype).repeat_interleave(share, dim=1)[:, :, None] for t in (B, C))
+    decay = torch.exp(step * A.to(dtype))[..., None, None]
+    new = decay * state.to(dtype) + (step[..., None] * x.to(dtype))[..., None] * B
+    state.copy_(new)
+    y = (new * C).sum(-1)
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * x.to(dtype)
     return y.to(x.dtype)
