@@ -54,13 +54,13 @@ class LayerCalibration:
 
     @staticmethod
     def from_sketch(
-        sketch: DeltaSketch, A: Float[Tensor, "channels state"], *, knots: int = 128
+        sketch: DeltaSketch, A: Float[Tensor, "channels ..."], *, knots: int = 128
     ) -> LayerCalibration:
         """Close a sketch.
 
         Args:
             sketch: of this layer's Δ.
-            A: the layer's negative decay rates.
+            A: the layer's negative decay rates, (D, N), or (H,) of Mamba-2.
             knots: knots a channel; each costs two bytes.
 
         Raises:
@@ -70,7 +70,7 @@ class LayerCalibration:
             raise WidefieldError(
                 "the sketch of Δ has seen no token: calibrate on at least one sequence"
             )
-        rates = -A.detach().float().cpu()
+        rates = -A.detach().float().cpu().reshape(A.shape[0], -1)
         if rates.shape[0] != sketch.channels or not bool(
             (torch.isfinite(rates) & (rates > 0)).all()
         ):
