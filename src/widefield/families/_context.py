@@ -13,9 +13,9 @@ from torch import Tensor
 
 from widefield.errors import WidefieldError
 from widefield.ops import Rows
-from widefield.plan import LayerPlan, ScanInputs
+from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 
-Observer = Callable[[int, ScanInputs], None]
+Observer = Callable[[int, ScanInputs | SSDInputs], None]
 
 
 class Link(Protocol):
@@ -216,3 +216,25 @@ def padding_of(hidden_states: Tensor, mask: Tensor | None, note: Shortened | Non
     if note is not None:
         return Padding.of_valid(note.rows.valid, length)
     return read_padding(mask, length)
+
+
+@dataclass(slots=True)
+class Trail:
+    """What a block and its mixer tell each other in one forward, about dropped tokens.
+
+    Attributes:
+        note: the decimation that earlier layers did, or None.
+        rows: what the mixer kept, if later layers shall not see the rest; set by the mixer.
+    """
+
+    note: Shortened | None = None
+    rows: Rows | None = None
+
+
+def scattered(
+    rows: Rows, kept: Float[Tensor, "batch kept features"], length: int
+) -> Float[Tensor, "batch length features"]:
+    """Kept rows back in their places of a sequence of `length` tokens, zeros in all others."""
+    index = rows.index[..., None].expand_as(kept)
+    whole = kept.new_zeros(kept.shape[0], length, kept.shape[2])
+    return whole.scatter(1, index, kept)

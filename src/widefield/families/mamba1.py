@@ -18,6 +18,7 @@ from widefield.families._context import (
     Shortened,
     mark_shortened,
     padding_of,
+    scattered,
     shortened,
 )
 from widefield.ops import Rows
@@ -133,7 +134,10 @@ class Mamba1Mixer(nn.Module):
             self._check_finite(state)
         if past is not None:
             past.store(conv_state, state, lengths)
-        return self.out_proj(y.to(hidden_states.dtype)), rows
+        out = self.out_proj(y.to(hidden_states.dtype))
+        if rows is None or plan is None or plan.pool is None or not plan.pool.scatter:
+            return out, rows
+        return scattered(rows, out, hidden_states.shape[1]), None
 
     def _scan_inputs(
         self, x: Tensor, z: Tensor, state: Tensor | None, valid: Tensor | None
