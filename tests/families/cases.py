@@ -45,6 +45,11 @@ class Case:
     told: bool = True
 
     @property
+    def heads(self) -> bool:
+        """Whether its mixers are of Mamba-2's kind."""
+        return self.family not in ("Mamba", "FalconMamba", "Jamba", "Zamba")
+
+    @property
     def model_class(self) -> str:
         """Its class in transformers."""
         return f"{self.family}ForCausalLM"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from widefield.plan import ScanInputs, SSDInputs
 TRAINED_AT = 12
 CLOSE = 1e-5
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that share a tensor this small only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[name for name in SUPPORTED_CASES if CASES[name].told])
@@ -374,3 +364,15 @@ class TestAttentionBehindDroppedTokens:
         call = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
         alone = [model.generate(row, **call) for row in ids.split(1)]
         assert torch.equal(model.generate(ids, **call), torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", [name for name in SUPPORTED_CASES if CASES[name].heads])
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_elsewhere_are_fetched(name: str, ids: Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = CASES[name].make()
+    method = decimamba(model, residual="full" if refused(model) else "shortened")
+    here = extend(model, method)(ids).logits
+    restore(model)
+    extend(accelerate.cpu_offload(model, execution_device="cpu"), method)
+    assert torch.equal(model(ids).logits, here)
