@@ -333,15 +333,15 @@ class TestAttentionBehindDroppedTokens:
         self, model: Any, first: Tensor, second: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The last logits after a prompt, a decoded token, a second prompt, a decoded token."""
-        cache = None
+        output: Any = None
         parts = first, second[:, :1], second[:, 1:-1], second[:, -1:]
         for end, part in enumerate(parts, start=1):
             whole = torch.cat(parts[:end], 1)
             seen = torch.ones_like(whole)
             if mask is not None:
                 seen[:, : mask.shape[1]] = mask
+            cache = None if output is None else cache_of(output)
             output = model(part, attention_mask=seen, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
         return output.logits[:, -1]
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ class DroppingBlock(nn.Module):
     block runs as transformers has it, and the kept rows are gathered from its output.
     """
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
         note = shortened(hidden_states)
         trail = Trail(note)

@@ -13,6 +13,8 @@ class WidefieldFalconH1Mixer(SSDMixer, FalconH1Mixer):
     """`FalconH1Mixer` on our kernels."""
 
     mup_vector: Tensor
+    ssm_in_multiplier: float
+    mamba_rms_norm: bool
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """The projection with its multipliers."""
