@@ -107,11 +107,11 @@ class SSDMixer(nn.Module):
         plan = link.plan(self.layer_idx, seen, padding.lengths, hidden_states.device)
         pool = None if plan is None else plan.pool
         if plan is None or pool is None:
-            out, state = self._scan(inputs, gate, plan)
+            out, state = self._scan(inputs, gate, plan, hidden_states.dtype)
             lengths = padding.lengths
         else:
             kept, rows = self._pool(inputs, pool)
-            out, state = self._scan(kept, rows.gather(gate), plan)
+            out, state = self._scan(kept, rows.gather(gate), plan, hidden_states.dtype)
             out = scattered(rows, out, hidden_states.shape[1])
             lengths = Padding.of_valid(rows.valid, rows.index.shape[1]).lengths
             trail.rows = None if pool.scatter else rows
@@ -175,15 +175,16 @@ class SSDMixer(nn.Module):
         return x, B, C
 
     def _scan(
-        self, inputs: SSDInputs, gate: Tensor, plan: LayerPlan | None
+        self, inputs: SSDInputs, gate: Tensor, plan: LayerPlan | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        """The mixer's output in `dtype`, and the state behind the last token."""
         y, state = ops.ssd(inputs, plan)
         if plan is not None and plan.touches_scan and not bool(torch.isfinite(state).all()):
             raise WidefieldError(
                 f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
                 "or input); check the model's weights and its dtype (float32 is safest)"
             )
-        return self.out_proj(self.gated(y.flatten(2), gate).to(gate.dtype)), state
+        return self.out_proj(self.gated(y.flatten(2), gate).to(dtype)), state
 
     def _pool(self, inputs: SSDInputs, pool: Pool) -> tuple[SSDInputs, Rows]:
         try:
