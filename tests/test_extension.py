@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MambaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 import widefield as wf
 from tests.models import tiny_mamba
@@ -279,12 +273,17 @@ class TestRefusals:
         with pytest.raises(WidefieldError, match=r"GPT2LMHeadModel.*supported are Mamba"):
             extend(gpt2)
 
-    def test_a_family_that_is_not_supported_yet_is_named(self) -> None:
-        config = Mamba2Config(
-            num_heads=4, head_dim=16, hidden_size=32, num_hidden_layers=1, vocab_size=20, n_groups=1
-        )
-        with pytest.raises(WidefieldError, match="Mamba2Mixer"):
-            extend(Mamba2ForCausalLM(config))
+    def test_a_model_that_mixes_in_an_unknown_mixer_is_not_half_extended(
+        self, model: MambaForCausalLM
+    ) -> None:
+        class StrangeMixer(type(model.backbone.layers[0].mixer)):
+            pass
+
+        model.backbone.layers[1].mixer.__class__ = StrangeMixer
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(WidefieldError, match="holds StrangeMixer layers, which are not"):
+            extend(model)
+        assert [type(module) for module in model.modules()] == kinds
 
     def test_a_method_class_is_not_a_method(self, model: MambaForCausalLM) -> None:
         with pytest.raises(WidefieldError, match="expected an instance"):

@@ -15,7 +15,7 @@ from widefield import families, ops
 from widefield.calibration import Calibration, DeltaSketch, LayerCalibration
 from widefield.errors import WidefieldError
 from widefield.extension import extended, observed
-from widefield.plan import ModelLayout, ScanInputs
+from widefield.plan import ModelLayout, ScanInputs, SSDInputs
 
 __all__ = ["calibrate"]
 
@@ -121,7 +121,7 @@ class _Collector:
         self._sketches: dict[int, DeltaSketch] = {}
         self._rates: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, inputs: ScanInputs) -> None:
+    def __call__(self, layer: int, inputs: ScanInputs | SSDInputs) -> None:
         delta = ops.effective_delta(inputs).flatten(0, 1)
         if inputs.valid is not None:
             delta = delta[inputs.valid.flatten()]

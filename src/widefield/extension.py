@@ -95,10 +95,11 @@ class Extension:
     @property
     def drops_tokens(self) -> bool:
         """Whether a method shortens the sequence of a long enough prefill."""
-        return any(
-            plan_layer(self.methods, layer, (0,), (_ANY_LENGTH,)).pool is not None
+        pools = (
+            plan_layer(self.methods, layer, (0,), (_ANY_LENGTH,)).pool
             for layer in self.layout.layers
         )
+        return any(pool is not None and not pool.scatter for pool in pools)
 
     def __repr__(self) -> str:
         """The methods and their options on one line."""

@@ -123,12 +123,15 @@ class Pool:
             1.
         clamp: per-channel cap c of Δ, or None.
         weight: per-channel weight w ≥ 0, or None.
+        scatter: dropped tokens stay in the residual stream, where this layer adds nothing to them;
+            otherwise they are gone for all later layers.
     """
 
     keep: int
     protect: int = 1
     clamp: Float[Tensor, " channels"] | None = None
     weight: Float[Tensor, " channels"] | None = None
+    scatter: bool = False
 
     def to(self, device: torch.device | str) -> Pool:
         """The same pool with its tensors on `device`."""
@@ -151,7 +154,7 @@ class LayerPlan:
         delta_floor: tokens with Δ < floor leave the channel's state as it was (LongMamba, Eq. 17).
         delta_scale: Δ is multiplied by it before the floor is applied (MambaExtend).
         decay_scale: A is multiplied by it (spectral scaling).
-        pool: keep only some tokens in this layer and all later ones (DeciMamba).
+        pool: keep only some tokens, in this layer alone or in all later ones, too (DeciMamba).
     """
 
     delta_floor: Tensor | None = None
@@ -184,8 +187,8 @@ class ModelLayout:
         layers: indices (the model's own numbering) of the layers that hold a Mamba mixer,
             ascending.
         channels: channels of each of those layers (D of Mamba-1, heads of Mamba-2).
-        decimation: None if a shorter sequence is sound in this model, else the reason why it is
-            not.
+        decimation: None if a shorter residual stream is sound in this model, else the reason why it
+            is not.
     """
 
     model_class: str

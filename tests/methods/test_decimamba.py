@@ -182,6 +182,7 @@ BAD = {
     "shrink=1.5": {"shrink": 1.5},
     "unknown score 'nrom': did you mean 'norm'": {"score": "nrom"},
     "unknown reduction": {"reduction": "quick"},
+    "unknown residual 'ful': did you mean 'full'": {"residual": "ful"},
     "decay_threshold=1": {"decay_threshold": 1},
     "clamp_share=0": {"clamp_share": 0},
 }
@@ -194,7 +195,9 @@ def test_options_out_of_range_are_refused(said: str, options: dict[str, object])
 
 
 def test_options_survive_a_trip_through_plain_values(calibration: Calibration) -> None:
-    method = DeciMamba(layers=(0, 2), base_length=7, score="global", calibration=calibration)
+    method = DeciMamba(
+        layers=(0, 2), base_length=7, score="global", calibration=calibration, residual="full"
+    )
     assert DeciMamba(calibration=calibration, **method.describe()) == method
     assert DeciMamba(layers=2) == DeciMamba(layers=(2,))  # type: ignore[arg-type]
 
@@ -220,5 +223,7 @@ def test_layers_without_a_score_are_left_out_of_the_search(calibration: Calibrat
     )
     assert sorted(table) == sorted(np.argsort(shares)[1:].tolist())
     stuck = layout_of(calibration, decimation="no")
-    with pytest.raises(WidefieldError, match="cannot drop tokens"):
+    with pytest.raises(WidefieldError, match=r"cannot drop tokens.*residual='full'"):
         find_first_layer(lambda method: 1.0, stuck)
+    best, _ = find_first_layer(lambda method: 1.0, stuck, residual="full")
+    assert best.pool(best.layers[0]).scatter

@@ -226,7 +226,11 @@ def test_presets_have_the_published_settings(calibration: Calibration) -> None:
     assert (small.decay_threshold, small.clamp_share) == (1e-30, 0.20)
     other = LongMamba.preset("zamba2", calibration, clamp_share=None)
     assert (other.decay_threshold, other.clamp_share) == (1e-5, None)
-    assert LongMamba.preset("mamba2-1.3b", calibration).decay_threshold == 5e-2
+    for size in ("zamba2-1.2b", "zamba2-2.7b"):
+        hybrid = LongMamba.preset(size, calibration)
+        assert (hybrid.decay_threshold, hybrid.clamp_share) == (1e-5, 0.05)
+    second = LongMamba.preset("mamba2-1.3b", calibration)
+    assert (second.decay_threshold, second.clamp_share) == (5e-2, 0.05)
     with pytest.raises(WidefieldError, match=r"did you mean .*'mamba2-1.3b'"):
         LongMamba.preset("mamba2-1.4", calibration)
 

@@ -56,7 +56,7 @@ class LayerCalibration:
     @staticmethod
     def from_sketch(
         sketch: DeltaSketch,
-        A: Float[Tensor, "channels state"],
+        A: Float[Tensor, "channels ..."],
         *,
         knots: int = 128,
         finest: float = 3e-4,
@@ -65,7 +65,7 @@ class LayerCalibration:
 
         Args:
             sketch: of this layer's Δ.
-            A: the layer's negative decay rates.
+            A: the layer's negative decay rates, (D, N), or (H,) of Mamba-2.
             knots: most knots of a channel; each costs two bytes, less compressed.
             finest: relative error of U below which a channel spends no further knot.
 
@@ -76,7 +76,7 @@ class LayerCalibration:
             raise WidefieldError(
                 "the sketch of Δ has seen no token: calibrate on at least one sequence"
             )
-        rates = -A.detach().float().cpu()
+        rates = -A.detach().float().cpu().reshape(A.shape[0], -1)
         if rates.shape[0] != sketch.channels or not bool(
             (torch.isfinite(rates) & (rates > 0)).all()
         ):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,22 +49,33 @@ _FAMILIES = {
     ),
     "JambaMambaMixer": ("transformers.models.jamba.modeling_jamba", "widefield.families.jamba"),
     "ZambaMambaMixer": ("transformers.models.zamba.modeling_zamba", "widefield.families.zamba"),
+    "Mamba2Mixer": ("transformers.models.mamba2.modeling_mamba2", "widefield.families.mamba2"),
+    "Zamba2MambaMixer": ("transformers.models.zamba2.modeling_zamba2", "widefield.families.zamba2"),
+    "BambaMixer": ("transformers.models.bamba.modeling_bamba", "widefield.families.bamba"),
+    "GraniteMoeHybridMambaLayer": (
+        "transformers.models.granitemoehybrid.modeling_granitemoehybrid",
+        "widefield.families.granitemoehybrid",
+    ),
+    "NemotronHMamba2Mixer": (
+        "transformers.models.nemotron_h.modeling_nemotron_h",
+        "widefield.families.nemotron_h",
+    ),
+    "FalconH1Mixer": (
+        "transformers.models.falcon_h1.modeling_falcon_h1",
+        "widefield.families.falcon_h1",
+    ),
 }
 SUPPORTED = (
     "Mamba (MambaForCausalLM)",
     "FalconMamba (FalconMambaForCausalLM)",
     "Jamba (JambaForCausalLM)",
     "Zamba (ZambaForCausalLM)",
-)
-# Mamba-family mixers of transformers that are known and not supported yet: never half-extend such a
-# model.
-_KNOWN_ELSEWHERE = (
-    "Mamba2Mixer",
-    "Zamba2MambaMixer",
-    "BambaMixer",
-    "GraniteMoeHybridMambaLayer",
-    "NemotronHMamba2Mixer",
-    "FalconH1Mixer",
+    "Mamba2 (Mamba2ForCausalLM)",
+    "Zamba2 (Zamba2ForCausalLM)",
+    "Bamba (BambaForCausalLM)",
+    "GraniteMoeHybrid (GraniteMoeHybridForCausalLM)",
+    "NemotronH (NemotronHForCausalLM)",
+    "FalconH1 (FalconH1ForCausalLM)",
 )
 
 
@@ -92,20 +104,28 @@ def mixers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     back = {ours: theirs for theirs, ours in swaps().items()}
     for module in model.modules():
         kind = back.get(type(module), type(module))
-        if kind.__name__ in _KNOWN_ELSEWHERE:
+        family = _FAMILIES.get(kind.__name__)
+        if family is not None and kind.__module__ == family[0]:
+            found.append((int(module.layer_idx), module))  # type: ignore[arg-type]
+        elif _is_recurrent(module):
             raise WidefieldError(
                 f"{_name(model)} holds {kind.__name__} layers, which are not supported: "
                 f"supported are {', '.join(SUPPORTED)}"
             )
-        family = _FAMILIES.get(kind.__name__)
-        if family is not None and kind.__module__ == family[0]:
-            found.append((int(module.layer_idx), module))  # type: ignore[arg-type]
     if not found:
         raise WidefieldError(
             f"{_name(model)} holds no Mamba layer that is supported: supported are "
             f"{', '.join(SUPPORTED)}"
         )
     yield from sorted(found, key=lambda pair: pair[0])
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether a module looks like a state-space layer, of whatever kind: it has decay rates.
+
+    A model that mixes such layers with supported ones must never be half-extended.
+    """
+    return isinstance(getattr(module, "A_log", None), nn.Parameter)
 
 
 def _name(model: nn.Module) -> str:
@@ -142,17 +162,6 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _decimation(model: nn.Module) -> str | None:
-    """Why some family in the model cannot do with fewer tokens, or None."""
-    kinds = {original_class(mixer).__name__ for _, mixer in mixers(model)}
-    for kind in sorted(kinds):
-        family = importlib.import_module(_FAMILIES[kind][1])
-        reason = getattr(family, "decimation", None)
-        if reason is not None and (said := reason(model)) is not None:
-            return said
-    return None
-
-
 def describe(model: nn.Module) -> ModelLayout:
     """What a method may know of the model."""
     pairs = list(mixers(model))
@@ -160,6 +169,22 @@ def describe(model: nn.Module) -> ModelLayout:
         model_class=_name(model),
         fingerprint=fingerprint(model),
         layers=tuple(layer for layer, _ in pairs),
-        channels=tuple(int(mixer.intermediate_size) for _, mixer in pairs),  # type: ignore[arg-type]
-        decimation=_decimation(model),
+        channels=tuple(_channels(mixer) for _, mixer in pairs),
+        decimation=_why_not_decimate(model, [mixer for _, mixer in pairs]),
     )
+
+
+def _channels(mixer: Any) -> int:
+    """Heads of Mamba-2, which has one decay rate a head; else D."""
+    return int(mixer.num_heads if mixer.A_log.ndim == 1 else mixer.intermediate_size)
+
+
+def _why_not_decimate(model: nn.Module, mixers: Sequence[nn.Module]) -> str | None:
+    """The first reason that a family of the model's mixers gives, if any does."""
+    for kind in {original_class(mixer) for mixer in mixers}:
+        family = importlib.import_module(_FAMILIES[kind.__name__][1])
+        ask = getattr(family, "why_not_decimate", None)
+        reason = None if ask is None else ask(model)
+        if reason is not None:
+            return reason
+    return None

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from widefield.errors import WidefieldError
 from widefield.ops import Rows, Survivors
-from widefield.plan import LayerPlan, Pool, ScanInputs
+from widefield.plan import LayerPlan, Pool, ScanInputs, SSDInputs
 
-Observer = Callable[[int, ScanInputs], None]
+Observer = Callable[[int, ScanInputs | SSDInputs], None]
 
 
 class Link(Protocol):
@@ -325,3 +325,39 @@ def plan_of(
     if past.chunked is None or note is not None:
         return link.plan(layer, past.seen, padding.lengths, device)
     return link.plan(layer, past.seen_before, past.chunked.new, device)
+
+
+def check_whole(past: LayerCache | None, layer: int) -> None:
+    """Refuse a prefill in chunks where a layer has to know all tokens before it answers for any.
+
+    Raises:
+        WidefieldError: if the prefill at hand comes in chunks.
+    """
+    if past is not None and past.chunked is not None:
+        raise WidefieldError(
+            f"layer {layer}: DeciMamba(residual='full') answers for every token, and which are "
+            "kept is known at the end of the prompt only: prefill it in one pass, or leave out "
+            "residual='full'"
+        )
+
+
+@dataclass(slots=True)
+class Trail:
+    """What a block and its mixer tell each other in one forward, about dropped tokens.
+
+    Attributes:
+        note: the decimation that earlier layers did, or None.
+        rows: what the mixer kept, if later layers shall not see the rest; set by the mixer.
+    """
+
+    note: Shortened | None = None
+    rows: Rows | None = None
+
+
+def scattered(
+    rows: Rows, kept: Float[Tensor, "batch kept features"], length: int
+) -> Float[Tensor, "batch length features"]:
+    """Kept rows back in their places of a sequence of `length` tokens, zeros in all others."""
+    index = rows.index[..., None].expand_as(kept)
+    whole = kept.new_zeros(kept.shape[0], length, kept.shape[2])
+    return whole.scatter(1, index, kept)

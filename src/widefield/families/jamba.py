@@ -146,7 +146,7 @@ SWAPS = {
 }
 
 
-def decimation(model: nn.Module) -> str | None:
+def why_not_decimate(model: nn.Module) -> str | None:
     """Why no token may be dropped, or None."""
     kind = model.config._attn_implementation  # type: ignore[union-attr]
     if kind in _MASKED:

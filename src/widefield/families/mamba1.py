@@ -19,8 +19,10 @@ from widefield.families._context import (
     Padding,
     Shortened,
     carry,
+    check_whole,
     padding_of,
     plan_of,
+    scattered,
     shortened,
 )
 from widefield.ops import Survivors
@@ -199,6 +201,8 @@ class Mamba1Mixer(nn.Module):
     ) -> Mixed:
         """Keep the best tokens; of a prefill in chunks, nothing goes on before the last chunk."""
         assert plan.pool is not None
+        if plan.pool.scatter:
+            check_whole(past, self.layer_idx)
         state, tile = self._state(past), None
         survivors = Survivors(plan.pool) if past is None else past.survivors(plan.pool)
         for tile in self._read(hidden_states, past, padding):
@@ -208,13 +212,16 @@ class Mamba1Mixer(nn.Module):
             past.store_conv(tile.conv_state)
             return Mixed(hidden_states[:, :0], residual[:, :0], note, None)
         rows, tokens = survivors.take()
-        residual = tokens.pop("residual")
+        whole, residual = residual, tokens.pop("residual")
         kept = tile.inputs.replace(**tokens, valid=rows.valid, initial_state=state)
         y, state = ops.selective_scan(kept, plan)
         lengths = Padding.of_valid(rows.valid, rows.index.shape[1]).lengths
         self._close(past, plan, tile.conv_state, state, lengths)
-        length = hidden_states.shape[1] if note is None else note.length
         output = self.out_proj(y.to(hidden_states.dtype))
+        length = hidden_states.shape[1]
+        if plan.pool.scatter:
+            return Mixed(scattered(rows, output, length), whole, note, padding.valid)
+        length = length if note is None else note.length
         return Mixed(output, residual, Shortened(rows, length), rows.valid)
 
     def _read(

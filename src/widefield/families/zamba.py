@@ -45,6 +45,6 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
 SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}
 
 
-def decimation(model: nn.Module) -> str:
+def why_not_decimate(model: nn.Module) -> str:
     """Why no token may be dropped."""
     return "its shared attention joins the tokens with the embeddings of all of them"

@@ -12,9 +12,10 @@ from widefield.methods import _checks
 from widefield.methods._channels import global_channels
 from widefield.plan import LayerPlan, ModelLayout, Pool
 
-__all__ = ["SCORES", "DeciMamba", "find_first_layer"]
+__all__ = ["RESIDUALS", "SCORES", "DeciMamba", "find_first_layer"]
 
 SCORES = ("norm", "clamped", "global")
+RESIDUALS = ("shortened", "full")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class DeciMamba:
         decay_threshold: Th that makes a channel global, as in LongMamba.
         clamp_share: C; q is the value that this share of the tokens reaches.
         reduction: which of a channel's decay rates decides: "slowest", "mean" or "fastest".
+        residual: "shortened", later layers see the kept tokens alone (the paper's); "full", a
+            decimating layer scans the kept tokens and adds nothing to the others, which stay in the
+            residual stream: for models where a shorter one is unsound, and no faster elsewhere.
 
     Raises:
         WidefieldError: if an option is out of range.
@@ -57,6 +61,7 @@ class DeciMamba:
     decay_threshold: float = 1e-30
     clamp_share: float = 0.01
     reduction: str = "fastest"
+    residual: str = "shortened"
     _pools: dict[int, Pool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +72,7 @@ class DeciMamba:
         _checks.real("shrink", self.shrink, "β above 0 and at most 1", above=0, below=1 + 1e-12)
         _checks.one_of("score", self.score, SCORES)
         _checks.one_of("reduction", self.reduction, REDUCTIONS)
+        _checks.one_of("residual", self.residual, RESIDUALS)
         expected = "Th between 0 and 1, e.g. 1e-30"
         _checks.real("decay_threshold", self.decay_threshold, expected, above=0, below=1)
         _checks.real("clamp_share", self.clamp_share, "C between 0 and 1", above=0, below=1)
@@ -82,9 +88,10 @@ class DeciMamba:
         Raises:
             WidefieldError: otherwise.
         """
-        if layout.decimation is not None:
+        if layout.decimation is not None and self.residual == "shortened":
             raise WidefieldError(
-                f"decimamba cannot drop tokens in {layout.model_class}: {layout.decimation}; "
+                f"decimamba cannot drop tokens from the residual stream of {layout.model_class}: "
+                f"{layout.decimation}; residual='full' drops them inside the layer alone, and "
                 "longmamba keeps all of them"
             )
         _checks.present("layers", self.layers, layout)
@@ -129,6 +136,7 @@ class DeciMamba:
             "decay_threshold": self.decay_threshold,
             "clamp_share": self.clamp_share,
             "reduction": self.reduction,
+            "residual": self.residual,
         }
 
     def pool(self, layer: int) -> Pool:
@@ -138,15 +146,15 @@ class DeciMamba:
         return self._pools[layer]
 
     def _make_pool(self, layer: int) -> Pool:
-        keep = self.keep(layer)
+        keep, full = self.keep(layer), self.residual == "full"
         if self.score == "norm" or self.calibration is None:
-            return Pool(keep, self.protect)
+            return Pool(keep, self.protect, scatter=full)
         clamp = self.calibration.layer(layer).quantile(self.clamp_share)
         weight = None
         if self.score == "global":
             far = global_channels(self.calibration, layer, self.reduction, self.decay_threshold)
             weight = far.float()
-        return Pool(keep, self.protect, clamp=clamp, weight=weight)
+        return Pool(keep, self.protect, clamp=clamp, weight=weight, scatter=full)
 
 
 def find_first_layer(

@@ -25,6 +25,8 @@ PRESETS: dict[str, dict[str, float]] = {
     "mamba-1.4b": {"decay_threshold": 1e-30, "clamp_share": 0.20},
     "mamba2-1.3b": {"decay_threshold": 5e-2, "clamp_share": 0.05},
     "zamba2": {"decay_threshold": 1e-5, "clamp_share": 0.05},
+    "zamba2-1.2b": {"decay_threshold": 1e-5, "clamp_share": 0.05},
+    "zamba2-2.7b": {"decay_threshold": 1e-5, "clamp_share": 0.05},
 }
 
 
@@ -125,9 +127,13 @@ class LongMamba:
         """The method with the published settings of a model.
 
         Args:
-            name: "mamba-1.4b", "mamba2-1.3b" or "zamba2".
+            name: "mamba-1.4b", "mamba2-1.3b", "zamba2-1.2b" or "zamba2-2.7b"; "zamba2" is short for
+                the last two, which share their settings.
             calibration: of the model at hand.
             **options: what should differ.
+
+        Raises:
+            WidefieldError: for an unknown name, with the nearest ones.
         """
         if name not in PRESETS:
             raise unknown("preset of longmamba", name, PRESETS)

@@ -24,7 +24,7 @@ from widefield.errors import WidefieldError
 from widefield.extension import Extension, extend, replace_methods, restore
 from widefield.methods import DeciMamba
 from widefield.ops import token_score
-from widefield.plan import ScanInputs
+from widefield.plan import ScanInputs, SSDInputs
 from widefield.tasks.passkey import DIGITS
 from widefield.training.data import Batch, Corpus, make_batch, prefetch
 from widefield.training.recipe import Decimation, Recipe
@@ -247,7 +247,7 @@ def _watched_scores(model: Any, decimate: Decimation | None) -> Iterator[list[Te
         return
     pool = extension.methods[0].pool(decimate.layers[0])
 
-    def note(layer: int, inputs: ScanInputs) -> None:
+    def note(layer: int, inputs: ScanInputs | SSDInputs) -> None:
         if layer == decimate.layers[0]:
             scores.append(token_score(inputs, pool.to(inputs.x.device)))
 

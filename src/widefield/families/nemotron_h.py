@@ -1,0 +1,22 @@
+"""transformers' NemotronH: Mamba-2 layers among attention without positions, MLPs and experts."""
+
+from __future__ import annotations
+
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHMamba2Mixer
+
+from widefield.families._blocks import DroppingBlock
+from widefield.families.ssd import SSDMixer
+
+
+class WidefieldNemotronHMamba2Mixer(SSDMixer, NemotronHMamba2Mixer):
+    """`NemotronHMamba2Mixer` on our kernels."""
+
+
+class WidefieldNemotronHBlock(DroppingBlock, NemotronHBlock):
+    """`NemotronHBlock` of any kind, behind or around a mixer that may drop tokens."""
+
+
+SWAPS = {
+    NemotronHMamba2Mixer: WidefieldNemotronHMamba2Mixer,
+    NemotronHBlock: WidefieldNemotronHBlock,
+}

@@ -1,0 +1,20 @@
+"""transformers' Zamba2: Mamba-2 layers, some with a shared attention block in front."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
+
+from widefield.families.ssd import SSDMixer
+
+
+class WidefieldZamba2MambaMixer(SSDMixer, Zamba2MambaMixer):
+    """`Zamba2MambaMixer` on our kernels."""
+
+
+def why_not_decimate(model: nn.Module) -> str | None:
+    """The shared block reads the residual stream and the embeddings side by side."""
+    return "its shared attention block joins every layer's input to the embeddings of all tokens"
+
+
+SWAPS = {Zamba2MambaMixer: WidefieldZamba2MambaMixer}
