@@ -17,7 +17,7 @@ import widefield as wf
 from tests.models import cache_name, states, tiny_family, tiny_mamba
 from widefield.errors import WidefieldError
 from widefield.extension import extend, observed
-from widefield.families import mamba1
+from widefield.families import _mixer
 from widefield.methods import DeciMamba, LongMamba
 from widefield.methods.base import Method
 from widefield.plan import ScanInputs
@@ -289,12 +289,6 @@ class TestJambaWithFewerTokens:
         alone = one_pass(model, more[1:], past_key_values=cache)
         assert relative(both["logits"][1:], alone["logits"]) < 1e-4
 
-    def test_attention_without_such_masks_is_refused(self) -> None:
-        model = tiny_family("jamba")
-        model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(WidefieldError, match=r"flash_attention_2.*attn_implementation='sdpa'"):
-            extend(model, decimamba("jamba"))
-
     def test_zamba_may_not_drop_tokens(self) -> None:
         with pytest.raises(WidefieldError, match="joins the tokens with the embeddings"):
             extend(tiny_family("zamba"), decimamba("zamba"))
@@ -310,11 +304,11 @@ class TestTiles:
         ids = random_ids()
         mask = left_padded(ids, 61)
         whole = one_pass(model, ids, attention_mask=mask)
-        monkeypatch.setitem(mamba1.TILE, "cpu", 2 * tile)
+        monkeypatch.setitem(_mixer.TILE, "cpu", 2 * tile)
         assert_same(model, one_pass(model, ids, attention_mask=mask), whole)
 
     def test_a_mixer_never_holds_more_than_a_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(mamba1.TILE, "cpu", 32)
+        monkeypatch.setitem(_mixer.TILE, "cpu", 32)
         for method in METHODS:
             model = extend(tiny_family("mamba"), *METHODS[method]("mamba"))
             projected: list[int] = []
@@ -327,7 +321,7 @@ class TestTiles:
             assert projected[:6] == [16] * 5 + [10]
 
     def test_an_observer_sees_whole_inputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(mamba1.TILE, "cpu", 8)
+        monkeypatch.setitem(_mixer.TILE, "cpu", 8)
         seen: list[tuple[int, int]] = []
 
         def note(layer: int, inputs: ScanInputs) -> None:
@@ -344,7 +338,7 @@ class TestTiles:
         model(ids, labels=ids).loss.backward()
         before = model.backbone.layers[0].mixer.A_log.grad.clone()
         model.zero_grad()
-        monkeypatch.setitem(mamba1.TILE, "cpu", 4)
+        monkeypatch.setitem(_mixer.TILE, "cpu", 4)
         model(ids, labels=ids).loss.backward()
         assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, before)
 

@@ -280,7 +280,7 @@ class _ExtendedModel:
 
 def _check_continued(cache: Any) -> None:
     """Refuse what transformers would measure wrongly: how much of the prompt a cache holds."""
-    if any(hasattr(entry, "widefield_valid") for entry in getattr(cache, "layers", ())):
+    if hasattr(families.counted_attention(cache), "widefield_valid"):
         raise WidefieldError(
             "generate(past_key_values=...) takes the length of the cache's attention for that of "
             "the text, and decimamba has shortened it: call model(new_ids, past_key_values=...) or "

@@ -16,6 +16,8 @@ from widefield import ops
 from widefield.errors import WidefieldError
 from widefield.extension import extend, observed, restore
 from widefield.families import fingerprint, mixers
+from widefield.families._attention import fit_mask
+from widefield.families._context import Left
 from widefield.methods import DeciMamba, LongMamba
 from widefield.plan import ScanInputs, SSDInputs
 
@@ -151,13 +153,16 @@ class TestWithoutAMethod:
             else:
                 assert relative(mine.grad, theirs.grad) < 1e-3, name
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @torch.no_grad()
-    def test_bfloat16_is_as_close_to_float32_as_stock(self, model: Any, ids: Tensor) -> None:
+    def test_half_precision_is_as_close_to_float32_as_stock(
+        self, model: Any, ids: Tensor, dtype: torch.dtype
+    ) -> None:
         truth = model(ids).logits
-        half = model.to(torch.bfloat16)
+        half = model.to(dtype)
         stock = relative(half(ids).logits.float(), truth)
         ours = extend(half)(ids, use_cache=True)
-        assert relative(ours.logits.float(), truth) <= 1.5 * stock + 1e-3
+        assert relative(ours.logits.float(), truth) <= 2 * stock
         assert states_of(ours)[0].dtype == torch.float32
 
 
@@ -305,7 +310,7 @@ class TestBadMasks:
 class TestAttentionBehindDroppedTokens:
     """Hybrids without rotary positions: masks and caches of what is left."""
 
-    @pytest.fixture(params=[name for name in ("granite", "nemotron-h") if name in SUPPORTED_CASES])
+    @pytest.fixture(params=["jamba", "granite", "nemotron-h"])
     def name(self, request: pytest.FixtureRequest) -> str:
         return request.param
 
@@ -345,17 +350,33 @@ class TestAttentionBehindDroppedTokens:
         return output.logits[:, -1]
 
     @torch.no_grad()
-    def test_where_the_first_attention_layer_is_behind_it_padding_is_refused(
+    def test_where_the_first_attention_layer_is_behind_it_rows_are_as_alone(
         self, name: str, ids: Tensor, mask: Tensor
     ) -> None:
         model = CASES[name].make()
         extend(model, decimamba(model, layers=[0], base_length=22))
-        with pytest.raises(WidefieldError, match="layer 1 is the model's first attention layer"):
-            model.generate(ids, attention_mask=mask, **GREEDY)
-        rows = [model.generate(row, **GREEDY) for row in ids.split(1)]
-        assert torch.equal(model.generate(ids, **GREEDY), torch.cat(rows))
-        turns = [self.turns(model, row, row[:, :9]) for row in ids.split(1)]
-        assert relative(self.turns(model, ids, ids[:, :9]), torch.cat(turns)) < CLOSE
+        rows = [ids[:1], ids[1:, 11:]]
+        alone = [model.generate(row, **GREEDY)[:, -5:] for row in rows]
+        both = model.generate(ids, attention_mask=mask, **GREEDY)[:, -5:]
+        assert torch.equal(both, torch.cat(alone))
+        turns = [self.turns(model, row, ids[i : i + 1, :9]) for i, row in enumerate(rows)]
+        assert relative(self.turns(model, ids, ids[:, :9], mask), torch.cat(turns)) < CLOSE
+
+    def test_attention_that_takes_no_mask_by_layer_is_refused(self, name: str) -> None:
+        model = CASES[name].make()
+        model.config._attn_implementation = "flex_attention"
+        with pytest.raises(WidefieldError, match=r"flex_attention.*attn_implementation='sdpa'"):
+            extend(model, decimamba(model, layers=[0]))
+
+    def test_flash_attention_gets_what_is_no_padding(self, name: str) -> None:
+        attention = CASES[name].make().model.layers[1]
+        attention = getattr(attention, "mixer", None) or attention.self_attn
+        attention.config._attn_implementation = "flash_attention_2"
+        valid = torch.tensor([[False, True, True], [True, True, True]])
+        for left, expected in ((valid, valid), (valid[1:], None)):
+            arguments = fit_mask(attention, torch.zeros(len(left), 3, 32), Left(left, True), {})
+            mask = arguments["attention_mask"]
+            assert mask is None if expected is None else torch.equal(mask, expected)
 
     @torch.no_grad()
     def test_beams_equal_those_of_each_row_alone(self, name: str, ids: Tensor) -> None:
@@ -366,13 +387,19 @@ class TestAttentionBehindDroppedTokens:
         assert torch.equal(model.generate(ids, **call), torch.cat(alone))
 
 
-@pytest.mark.parametrize("name", [name for name in SUPPORTED_CASES if CASES[name].heads])
+@pytest.mark.parametrize("decimated", [False, True], ids=["unmodified", "decimamba"])
 @torch.no_grad()
-def test_weights_that_accelerate_keeps_elsewhere_are_fetched(name: str, ids: Tensor) -> None:
+def test_weights_that_accelerate_keeps_elsewhere_are_fetched(
+    model: Any, ids: Tensor, decimated: bool
+) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = CASES[name].make()
-    method = decimamba(model, residual="full" if refused(model) else "shortened")
-    here = extend(model, method)(ids).logits
+    methods = []
+    if decimated:
+        methods = [decimamba(model, residual="full" if refused(model) else "shortened")]
+    here = extend(model, *methods)(ids).logits
+    generated = model.generate(ids, **GREEDY)
     restore(model)
-    extend(accelerate.cpu_offload(model, execution_device="cpu"), method)
+    extend(accelerate.cpu_offload(model, execution_device="cpu"), *methods)
+    assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(model(ids).logits, here)
+    assert torch.equal(model.generate(ids, **GREEDY), generated)

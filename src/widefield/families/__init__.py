@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.errors import WidefieldError
+from widefield.families._attention import counted_attention
 from widefield.families._context import (
     ChunkedPrefill,
     LayerCache,
@@ -31,6 +32,7 @@ __all__ = [
     "Observer",
     "Padding",
     "check_covers",
+    "counted_attention",
     "describe",
     "fingerprint",
     "mixers",

@@ -1,9 +1,8 @@
 """Attention layers of hybrid models behind layers that drop tokens: masks for what is left.
 
-transformers makes one mask a forward, for all tokens. An attention layer behind dropped tokens has
-fewer, and its cache holds fewer. Of every prefill these are as many as were kept, valid ones last;
-so the last rows and, of each turn's columns, the last ones are the mask of the kept tokens: they
-are as causal among themselves, and left padding of a short row stays left of it.
+transformers makes one mask a forward for all attention layers, by the cache of the first. A layer
+behind dropped tokens has fewer of them, and its cache holds fewer, so that it gets a mask of its
+own: the families whose attention knows no positions need nothing else.
 """
 
 from __future__ import annotations
@@ -11,91 +10,114 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from widefield.errors import WidefieldError
-from widefield.families._context import Shortened
+from widefield.families._context import Left
 
-# Of each turn: its tokens, and how many of them reached this layer.
-Turns = tuple[tuple[int, int], ...]
+_FLASH = "flash_attention"
 
 
-def fit_attention(
-    layer: int, kept: int, note: Shortened | None, arguments: dict[str, Any]
+def fit_mask(
+    attention: Any,
+    hidden_states: Float[Tensor, "batch length width"],
+    left: Left | None,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """An attention block's keyword arguments, with the mask that its tokens need.
 
     Args:
-        layer: the block's index.
-        kept: tokens that reach it in this forward.
-        note: the decimation that earlier layers did in this forward, or None.
+        attention: the attention module.
+        hidden_states: the block's input.
+        left: what earlier layers have left of the tokens, where they say so.
         arguments: `attention_mask` (None, 2-D or 4-D), `past_key_values`, and whatever else.
 
     Raises:
-        WidefieldError: where transformers' mask cannot be right (see the message).
+        WidefieldError: where the cache cannot be shortened.
     """
     cache = arguments.get("past_key_values")
-    entry = None if cache is None else cache.layers[layer]
-    turns: Turns | None = getattr(entry, "widefield_turns", None)
-    if note is None and turns is None:
+    entry = None if cache is None else cache.layers[attention.layer_idx]
+    held = getattr(entry, "widefield_valid", None)
+    if held is None and (left is None or not left.dropped):
         return arguments
-    if turns is None:
-        past = 0 if entry is None else int(entry.get_seq_length())
-        turns = ((past, past),)
-    turns = _with_turn(turns, kept if note is None else note.length, kept)
+    batch, length, _ = hidden_states.shape
+    if held is None:
+        held = _held_before(entry, arguments.get("attention_mask"), batch, hidden_states.device)
+    valid = None if left is None else left.valid
+    if valid is None:
+        valid = held.new_ones(batch, length)
+    whole = torch.cat([_repeated(held, batch).to(valid.device), valid], dim=1)
     if entry is not None:
-        entry.widefield_turns = turns
-    mask = arguments.get("attention_mask")
-    if mask is None:
-        return arguments
-    if not isinstance(mask, Tensor):
+        entry.widefield_valid = whole
+    return {**arguments, "attention_mask": _mask(attention, whole, length, hidden_states.dtype)}
+
+
+def why_no_mask(model: nn.Module) -> str | None:
+    """Why a model's attention cannot be behind dropped tokens, or None."""
+    kind = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    if kind in ("eager", "sdpa") or kind.startswith(_FLASH):
+        return None
+    return (
+        f"its attention is {kind}, which takes no mask that differs by layer: load it with "
+        "attn_implementation='sdpa'"
+    )
+
+
+def counted_attention(cache: Any | None) -> Any | None:
+    """The entry of a cache by whose length transformers counts the tokens that it holds."""
+    entries = getattr(cache, "layers", ())
+    return next((e for e in entries if isinstance(e, CacheLayerMixin)), None)
+
+
+def _held_before(
+    entry: Any, mask: Any, batch: int, device: torch.device
+) -> Bool[Tensor, "batch held"]:
+    """Which tokens of a cache that has not been shortened yet are no padding: the mask knows."""
+    if entry is not None and type(entry) is not DynamicLayer:
         raise WidefieldError(
-            f"layer {layer}: attention behind dropped tokens cannot use a {type(mask).__name__}: "
-            "load the model with attn_implementation='sdpa'"
+            f"the attention cache is a {type(entry).__name__}, and decimamba shortens it: expected "
+            "a DynamicLayer; leave out cache_implementation"
         )
-    if _hides_padding(mask) and (_is_first(cache, layer) or mask.shape[-1] != _full(turns)):
-        raise WidefieldError(
-            f"layer {layer} is the model's first attention layer, and DeciMamba drops tokens "
-            "before it: the masks of a left-padded batch or a static cache would not fit; decimate "
-            "behind it, give prompts of one length, or choose residual='full'"
-        )
-    return {**arguments, "attention_mask": _fit(mask, turns, kept)}
+    count = 0 if entry is None else entry.get_seq_length()
+    if mask is None or not count:
+        return torch.ones(batch, count, dtype=torch.bool, device=device)
+    seen = mask[:, :count] if mask.ndim == 2 else mask[:, 0, -1, :count]
+    return (seen >= 0 if seen.is_floating_point() else seen.bool()).expand(batch, -1)
 
 
-def _with_turn(turns: Turns, full: int, kept: int) -> Turns:
-    """One turn more; where no token was dropped it is as if the last turn had been longer."""
-    if full != kept:
-        return (*turns, (full, kept))
-    (last_full, last_kept) = turns[-1]
-    return (*turns[:-1], (last_full + full, last_kept + kept))
+def _repeated(held: Tensor, batch: int) -> Tensor:
+    """The rows of a cache that was repeated, for several answers."""
+    return held if len(held) == batch else held.repeat_interleave(batch // len(held), dim=0)
 
 
-def _full(turns: Turns) -> int:
-    return sum(full for full, _ in turns)
+def _mask(
+    attention: Any, valid: Bool[Tensor, "batch whole"], length: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask of the last `length` tokens, in the form that this implementation reads."""
+    kind = str(attention.config._attn_implementation)
+    if kind.startswith(_FLASH):
+        return None if bool(valid.all()) else valid
+    return _causal(valid, length, dtype if kind == "eager" else None)
 
 
-def _is_first(cache: Any | None, layer: int) -> bool:
-    """Whether transformers makes later masks by this layer's length."""
-    if cache is None:
-        return False
-    return layer == next(i for i, e in enumerate(cache.layers) if isinstance(e, CacheLayerMixin))
+def _causal(
+    valid: Bool[Tensor, "batch whole"], length: int, dtype: torch.dtype | None
+) -> Tensor | None:
+    """Mask (B, 1, L, past + L) of the last L tokens: bool, or added to the scores if of a dtype.
 
-
-def _hides_padding(mask: Tensor) -> bool:
-    """Whether the last token, which no future is hidden from, cannot see all tokens."""
-    seen = mask if mask.ndim == 2 else mask[:, :, -1]
-    seen = seen == 0 if seen.is_floating_point() else seen.bool()
-    return not bool(seen.all())
-
-
-def _fit(mask: Tensor, turns: Turns, kept: int) -> Tensor:
-    """The rows and columns of a mask that the tokens of a shortened layer have."""
-    if mask.shape[-1] == _full(turns):
-        ends = torch.tensor([full for full, _ in turns]).cumsum(0).tolist()
-        spans = [torch.arange(end - own, end) for end, (_, own) in zip(ends, turns, strict=True)]
-        columns = torch.cat(spans).to(mask.device)
-    else:
-        columns = torch.arange(mask.shape[-1], device=mask.device)[-sum(own for _, own in turns) :]
-    fitted = mask.index_select(-1, columns)
-    return fitted if fitted.ndim == 2 else fitted[:, :, -kept:]
+    None where attention needs none. Padding sees itself, as a row that sees nothing has no softmax.
+    """
+    whole = valid.shape[1]
+    causal_alone = length == 1 or (length == whole and dtype is None)
+    if causal_alone and bool(valid.all()):
+        return None
+    key = torch.arange(whole, device=valid.device)
+    query = key[whole - length :, None]
+    visible = ((key <= query) & valid[:, None, None]) | (key == query)
+    if dtype is None:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=valid.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )

@@ -1,4 +1,4 @@
-"""Blocks around mixers that drop tokens, and attention layers behind them."""
+"""Blocks whose mixer drops tokens, and whatever stands behind them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,69 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from widefield.families._attention import fit_attention
-from widefield.families._context import Shortened, Trail, mark_shortened, shortened
-from widefield.families.ssd import SSDMixer
+from widefield.families._attention import fit_mask
+from widefield.families._context import Left, left_of, mark_left
+from widefield.families._mixer import Mixer, Turn
 
 
 class DroppingBlock(nn.Module):
     """Mixed into a transformers block class: what its mixer drops is gone for later blocks.
 
-    The mixer's output is 0 at dropped tokens. All else in a block is done token by token, so the
-    block runs as transformers has it, and the kept rows are gathered from its output.
+    A block that drops nothing runs as transformers has it. One that does lets its mixer choose
+    first, and then runs on the chosen rows of its input. While the chosen ones can still be pushed
+    out by later chunks, it hands on an empty sequence, and so do all later blocks.
     """
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def normed(self, hidden_states: Tensor) -> Tensor:
+        """What the block gives its mixer to read."""
+        norm: Any = self.norm
+        return norm(hidden_states.to(norm.weight.dtype))
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As an argument the mark outlives a move to another device in front of `forward`."""
+        left = left_of(hidden_states)
+        if left is not None:
+            kwargs["widefield_left"] = left
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, widefield_left: Left | None = None, **kwargs: Any
+    ) -> Any:
         """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
-        note = shortened(hidden_states)
-        trail = Trail(note)
+        if hidden_states.shape[1] == 0:
+            return hidden_states  # an earlier layer holds the tokens back until the last chunk
+        left = widefield_left
         for child in self.children():
-            if isinstance(child, SSDMixer):
-                kwargs["widefield_trail"] = trail
-            elif hasattr(child, "q_proj"):
-                length = hidden_states.shape[1]
-                kwargs = fit_attention(int(child.layer_idx), length, note, kwargs)  # type: ignore[arg-type]
+            if isinstance(child, Mixer):
+                return self._mixed(child, hidden_states, left, args, kwargs)
+            if hasattr(child, "q_proj"):
+                kwargs = fit_mask(child, hidden_states, left, kwargs)
+        return mark_left(super().forward(hidden_states, *args, **kwargs), left)  # type: ignore[misc]
+
+    def _mixed(
+        self,
+        mixer: Mixer,
+        hidden_states: Tensor,
+        left: Left | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
+        turn = mixer.begin(hidden_states, cache, kwargs.get("attention_mask"), left)
+        if turn.shortens:
+            turn.residual = hidden_states
+            mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
+            if turn.kept is None:
+                return hidden_states[:, :0]
+            assert turn.kept.residual is not None
+            hidden_states = turn.kept.residual
+        kwargs = {**kwargs, "attention_mask": turn}
         out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        if trail.rows is not None:
-            out = trail.rows.gather(out)
-            note = Shortened(trail.rows, hidden_states.shape[1] if note is None else note.length)
-        return out if note is None else mark_shortened(out, note)
+        return mark_left(out, _left_behind(turn))
+
+
+def _left_behind(turn: Turn) -> Left | None:
+    """What a mixer has left of the tokens."""
+    if turn.kept is not None:
+        return Left(turn.kept.rows.valid, dropped=True)
+    return None if turn.padding is None else Left(turn.padding.valid, turn.dropped)

@@ -201,13 +201,13 @@ class LayerCache:
             return self.seen
         return self.chunked.seen.setdefault(self.layer, self.seen)
 
-    def decodes(self, length: int, note: Shortened | None) -> bool:
+    def decodes(self, length: int, dropped: bool) -> bool:
         """Whether the `length` tokens at hand are a decode step, and not a prefill."""
-        return self.filled and length == 1 and self.chunked is None and note is None
+        return self.filled and length == 1 and self.chunked is None and not dropped
 
-    def more_to_come(self, note: Shortened | None) -> bool:
+    def more_to_come(self, dropped: bool) -> bool:
         """Whether later chunks of this prefill reach this layer; behind a decimation none do."""
-        return self.chunked is not None and not self.chunked.last and note is None
+        return self.chunked is not None and not self.chunked.last and not dropped
 
     def survivors(self, pool: Pool) -> Survivors:
         """What this layer may keep of the prefill at hand, earlier chunks included."""
@@ -253,56 +253,46 @@ def _add(seen: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Shortened:
-    """Rides on a hidden-state tensor after decimation: which of its rows are tokens.
+class Left:
+    """Rides on a hidden-state tensor: which of its rows are tokens, and whether there were more.
 
     Attributes:
-        rows: what the last decimating layer kept.
-        length: the tokens of the forward before any decimation.
+        valid: (B, k) False where a row is padding, or None if none is.
+        dropped: whether earlier layers have dropped tokens in this forward.
     """
 
-    rows: Rows
-    length: int
+    valid: Bool[Tensor, "batch left"] | None
+    dropped: bool = False
+
+    def to(self, device: Any, non_blocking: bool = False) -> Left:
+        """The same on another device: accelerate moves every argument that can be moved."""
+        if self.valid is None:
+            return self
+        return Left(self.valid.to(device, non_blocking=non_blocking), self.dropped)
 
 
-def shortened(hidden_states: Tensor) -> Shortened | None:
-    """The decimation that a hidden-state tensor has behind it, if any."""
-    return getattr(hidden_states, "_widefield_shortened", None)
+def left_of(hidden_states: Tensor) -> Left | None:
+    """What earlier layers have left of the tokens, where a block has marked it."""
+    return getattr(hidden_states, "_widefield_left", None)
 
 
-def mark_shortened(hidden_states: Tensor, note: Shortened) -> Tensor:
-    """Leave a note on a hidden-state tensor for the next block."""
-    hidden_states._widefield_shortened = note  # type: ignore[attr-defined]
-    return hidden_states
-
-
-def carry(hidden_states: Tensor, note: Shortened | None) -> Tensor:
-    """A block's output, with the note of a decimation on it where there was one."""
-    return hidden_states if note is None else mark_shortened(hidden_states, note)
-
-
-def valid_of(hidden_states: Tensor) -> Tensor | None:
-    """(B, L) which rows of a hidden-state tensor are tokens, where `mark_valid` has left it."""
-    return getattr(hidden_states, "_widefield_valid", None)
-
-
-def mark_valid(hidden_states: Tensor, valid: Tensor | None) -> Tensor:
-    """Leave on a hidden-state tensor which of its rows are tokens; None = all."""
-    if valid is not None:
-        hidden_states._widefield_valid = valid  # type: ignore[attr-defined]
+def mark_left(hidden_states: Tensor, left: Left | None) -> Tensor:
+    """Leave a mark on a hidden-state tensor for the next block."""
+    if left is not None:
+        hidden_states._widefield_left = left  # type: ignore[attr-defined]
     return hidden_states
 
 
 def padding_of(
     hidden_states: Tensor,
     mask: Tensor | None,
-    note: Shortened | None,
+    left: Left | None,
     past: LayerCache | None = None,
 ) -> Padding:
     """Padding of a block's input, whether or not earlier layers dropped tokens."""
     length = hidden_states.shape[1]
-    if note is not None:
-        return Padding.of_valid(note.rows.valid, length)
+    if left is not None and left.dropped:
+        return Padding.of_valid(left.valid, length)
     if past is not None and past.chunked is not None:
         return past.chunked.padding
     return read_padding(mask, length)
@@ -313,7 +303,7 @@ def plan_of(
     layer: int,
     past: LayerCache | None,
     padding: Padding,
-    note: Shortened | None,
+    dropped: bool,
     device: torch.device,
 ) -> LayerPlan | None:
     """The plan of a layer for the prefill at hand; of all its chunks, where it comes in chunks.
@@ -322,7 +312,7 @@ def plan_of(
     """
     if past is None:
         return link.plan(layer, (0,), padding.lengths, device)
-    if past.chunked is None or note is not None:
+    if past.chunked is None or dropped:
         return link.plan(layer, past.seen, padding.lengths, device)
     return link.plan(layer, past.seen_before, past.chunked.new, device)
 
@@ -339,19 +329,6 @@ def check_whole(past: LayerCache | None, layer: int) -> None:
             "kept is known at the end of the prompt only: prefill it in one pass, or leave out "
             "residual='full'"
         )
-
-
-@dataclass(slots=True)
-class Trail:
-    """What a block and its mixer tell each other in one forward, about dropped tokens.
-
-    Attributes:
-        note: the decimation that earlier layers did, or None.
-        rows: what the mixer kept, if later layers shall not see the rest; set by the mixer.
-    """
-
-    note: Shortened | None = None
-    rows: Rows | None = None
 
 
 def scattered(

@@ -7,14 +7,15 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import (
     FalconMambaMixer,
 )
 
-from widefield.families.mamba1 import Mamba1Block, NormedMamba1Mixer
+from widefield.families._blocks import DroppingBlock
+from widefield.families.mamba1 import NormedMamba1Mixer
 
 
 class WidefieldFalconMambaMixer(NormedMamba1Mixer, FalconMambaMixer):
     """`FalconMambaMixer` on our kernels."""
 
 
-class WidefieldFalconMambaBlock(Mamba1Block, FalconMambaBlock):
+class WidefieldFalconMambaBlock(DroppingBlock, FalconMambaBlock):
     """`FalconMambaBlock` whose mixer may drop tokens."""
 
 

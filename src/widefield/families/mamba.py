@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
-from widefield.families.mamba1 import Mamba1Block, Mamba1Mixer
+from widefield.families._blocks import DroppingBlock
+from widefield.families.mamba1 import Mamba1Mixer
 
 
 class WidefieldMambaMixer(Mamba1Mixer, MambaMixer):
     """`MambaMixer` on our kernels."""
 
 
-class WidefieldMambaBlock(Mamba1Block, MambaBlock):
+class WidefieldMambaBlock(DroppingBlock, MambaBlock):
     """`MambaBlock` whose mixer may drop tokens."""
 
 

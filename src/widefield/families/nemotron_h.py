@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHMamba2Mixer
 
+from widefield.families._attention import why_no_mask
 from widefield.families._blocks import DroppingBlock
 from widefield.families.ssd import SSDMixer
 
@@ -14,6 +16,11 @@ class WidefieldNemotronHMamba2Mixer(SSDMixer, NemotronHMamba2Mixer):
 
 class WidefieldNemotronHBlock(DroppingBlock, NemotronHBlock):
     """`NemotronHBlock` of any kind, behind or around a mixer that may drop tokens."""
+
+
+def why_not_decimate(model: nn.Module) -> str | None:
+    """Its attention layers need masks that differ."""
+    return why_no_mask(model)
 
 
 SWAPS = {

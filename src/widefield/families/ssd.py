@@ -1,44 +1,29 @@
-"""Mamba-2 style mixers: read the scan's inputs, run it, finish the mixer's output."""
+"""Mamba-2 style mixers: how they read the scan's inputs, scan, and decode."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from widefield import ops
-from widefield.errors import WidefieldError
-from widefield.families._context import (
-    LayerCache,
-    Link,
-    Padding,
-    Trail,
-    check_whole,
-    padding_of,
-    plan_of,
-    scattered,
-)
-from widefield.ops import Rows
-from widefield.plan import LayerPlan, Pool, SSDInputs
+from widefield.families._context import LayerCache
+from widefield.families._mixer import Mixer
+from widefield.plan import LayerPlan, SSDInputs
 
 _SILU = ("silu", "swish")
 
 
-class SSDMixer(nn.Module):
-    """Mixed into a transformers mixer class: the same weights, our scan, and the layer's plan.
+class SSDMixer(Mixer):
+    """A mixer of Mamba-2's kind.
 
     Subclasses say where a model departs from Mamba-2's projection and its gated norm; all else is
     the same in every family.
     """
 
-    reads_chunks: ClassVar[bool] = True
-
-    _widefield: Link
-    layer_idx: int
     activation: str
     num_heads: int
     head_dim: int
@@ -51,7 +36,6 @@ class SSDMixer(nn.Module):
     in_proj: nn.Linear
     conv1d: nn.Conv1d
     norm: nn.Module
-    out_proj: nn.Linear
     A_log: nn.Parameter
     D: nn.Parameter
     dt_bias: nn.Parameter
@@ -70,72 +54,13 @@ class SSDMixer(nn.Module):
         """The scan's output behind the gate and the norm."""
         return self.norm(y, gate)
 
-    @force_accelerate_hooks("conv1d")
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache_params: Any | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        widefield_trail: Trail | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The mixer's output, 0 at dropped tokens.
-
-        Args:
-            hidden_states: (B, L, width) normed block input.
-            cache_params: transformers cache, or None.
-            attention_mask: 2-D mask, left padding only, or None.
-            widefield_trail: what the block knows of dropped tokens and wants to know; None for a
-                block whose residual stream is never shortened.
-            **kwargs: of transformers, not needed here.
-        """
-        batch, length, _ = hidden_states.shape
-        past = None
-        if cache_params is not None:
-            past = LayerCache(cache_params, self.layer_idx, batch)
-        trail = Trail() if widefield_trail is None else widefield_trail
-        if past is not None and past.decodes(length, trail.note):
-            return self._step(hidden_states, past)
-        padding = padding_of(hidden_states, attention_mask, trail.note, past)
-        return self._prefill(hidden_states, past, padding, trail)
-
-    def _prefill(
-        self, hidden_states: Tensor, past: LayerCache | None, padding: Padding, trail: Trail
-    ) -> Tensor:
-        inputs, gate, conv_state = self._scan_inputs(hidden_states, past, padding.valid)
-        link = self._widefield
-        if link.observer is not None:
-            link.observer(self.layer_idx, inputs)
-        device = hidden_states.device
-        plan = plan_of(link, self.layer_idx, past, padding, trail.note, device)
-        pool = None if plan is None else plan.pool
-        if plan is None or pool is None:
-            out, state = self._scan(inputs, gate, plan, hidden_states.dtype)
-            lengths = padding.lengths
-        else:
-            check_whole(past, self.layer_idx)
-            kept, rows = self._pool(inputs, pool)
-            out, state = self._scan(kept, rows.gather(gate), plan, hidden_states.dtype)
-            out = scattered(rows, out, hidden_states.shape[1])
-            lengths = Padding.of_valid(rows.valid, rows.index.shape[1]).lengths
-            trail.rows = None if pool.scatter else rows
-        if past is not None:
-            past.store(conv_state, state, lengths)
-        return out
-
-    def _scan_inputs(
-        self,
-        hidden_states: Tensor,
-        past: LayerCache | None,
-        valid: Bool[Tensor, "batch length"] | None,
+    def read(
+        self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
     ) -> tuple[SSDInputs, Tensor, Tensor]:
         """The scan's inputs, the gate and the convolution's new state."""
         if valid is not None:
             hidden_states = hidden_states * valid[..., None]
-        gate, mixed, delta, conv_state = self._convolved(
-            hidden_states, None if past is None else past.conv_state
-        )
+        gate, mixed, delta, conv_state = self._convolved(hidden_states, conv_state)
         if valid is not None:
             mixed = mixed * valid[..., None]
         x, B, C = self._by_head(mixed)
@@ -149,7 +74,6 @@ class SSDMixer(nn.Module):
             D=self.D.float(),
             delta_bias=self.dt_bias.float(),
             delta_limit=(float(low), float(high)),
-            initial_state=None if past is None else past.state,
             valid=valid,
         )
         return inputs, gate, conv_state
@@ -179,25 +103,15 @@ class SSDMixer(nn.Module):
         B, C = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (B, C))
         return x, B, C
 
-    def _scan(
-        self, inputs: SSDInputs, gate: Tensor, plan: LayerPlan | None, dtype: torch.dtype
+    def scan(
+        self, inputs: SSDInputs, gate: Tensor, plan: LayerPlan | None
     ) -> tuple[Tensor, Tensor]:
-        """The mixer's output in `dtype`, and the state behind the last token."""
+        """The gated output (B, L, D), and the state (B, H, P, N) behind the last token."""
         y, state = ops.ssd(inputs, plan)
-        if plan is not None and plan.touches_scan and not bool(torch.isfinite(state).all()):
-            raise WidefieldError(
-                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
-                "or input); check the model's weights and its dtype (float32 is safest)"
-            )
-        return self.out_proj(self.gated(y.flatten(2), gate).to(dtype)), state
+        return self.gated(y.flatten(2), gate), state
 
-    def _pool(self, inputs: SSDInputs, pool: Pool) -> tuple[SSDInputs, Rows]:
-        try:
-            return ops.pool_tokens(inputs, pool)
-        except WidefieldError as error:
-            raise WidefieldError(f"layer {self.layer_idx}: {error}") from None
-
-    def _step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
+    def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
+        """The output (B, 1, width) for one more token a row."""
         gate, mixed, delta, conv_state = self._convolved(hidden_states, past.conv_state)
         x, B, C = self._by_head(mixed[:, 0])
         assert past.state is not None
@@ -216,3 +130,5 @@ class SSDMixer(nn.Module):
         past.store(conv_state, None, (1,))
         out = self.gated(y.flatten(1)[:, None], gate)
         return self.out_proj(out.to(hidden_states.dtype))
+
+    forward = force_accelerate_hooks("conv1d")(Mixer.run)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 
+from widefield.families._mixer import Mixer
 from widefield.families.mamba1 import Mamba1Mixer
 
 
@@ -39,7 +40,7 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
         """(D,) of all heads, in float32."""
         return self.dt_proj_bias.float().flatten()
 
-    mix = force_accelerate_hooks("conv1d")(Mamba1Mixer.run)
+    forward = force_accelerate_hooks("conv1d")(Mixer.run)
 
 
 SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}

@@ -1,0 +1,302 @@
+"""What mixers of both generations do with a prompt: walk it in tiles, scan it, choose tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from widefield import ops
+from widefield.errors import WidefieldError
+from widefield.families._context import (
+    LayerCache,
+    Left,
+    Link,
+    Padding,
+    check_whole,
+    padding_of,
+    plan_of,
+    scattered,
+)
+from widefield.ops import Rows, Survivors
+from widefield.plan import LayerPlan, ScanInputs, SSDInputs
+
+Inputs = ScanInputs | SSDInputs
+# Tokens of all rows that a mixer holds in between at a time, where nobody needs them whole.
+TILE = {"cpu": 4096, "cuda": 1 << 17}
+# Cut at a multiple of this, the CPU's scan of Mamba-2 gives the same bits as in one piece.
+_EVEN = 64
+_SEQUENCES = ("x", "delta", "B", "C", "z")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A piece of the sequence.
+
+    Attributes:
+        part: which tokens.
+        inputs: what the scan reads there, without a state.
+        gate: (B, n, channels) where the gate is no part of the scan, else None.
+        conv_state: (B, D, K) of the convolution behind it.
+    """
+
+    part: slice
+    inputs: Inputs
+    gate: Tensor | None
+    conv_state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The tokens that a mixer has chosen, with what it takes to go on with them alone.
+
+    Attributes:
+        rows: which they are.
+        residual: (B, k, width) the block's input there, or None if the block goes on with all.
+        inputs: what the scan reads there.
+        gate: as in `Tile`.
+        conv_state: of the convolution behind the last of all tokens.
+    """
+
+    rows: Rows
+    residual: Tensor | None
+    inputs: Inputs
+    gate: Tensor | None
+    conv_state: Tensor
+
+
+@dataclass(slots=True)
+class Turn:
+    """One forward of one mixer, and what its block and it tell each other of dropped tokens.
+
+    A block may give it to its mixer instead of the attention mask, which every block of
+    transformers hands on as it is.
+
+    Attributes:
+        past: this layer's part of the cache, or None.
+        padding: of the mixer's input; None for a decode step.
+        plan: of this layer.
+        dropped: whether earlier layers have dropped tokens in this forward.
+        residual: (B, L, width) the block's input, where the mixer is to choose tokens and no more.
+        kept: what it has chosen; None as long as more chunks are to come.
+    """
+
+    past: LayerCache | None
+    padding: Padding | None = None
+    plan: LayerPlan | None = None
+    dropped: bool = False
+    residual: Tensor | None = None
+    kept: Kept | None = None
+
+    @property
+    def shortens(self) -> bool:
+        """Whether later layers shall not see the tokens that this one drops."""
+        pool = None if self.plan is None else self.plan.pool
+        return pool is not None and not pool.scatter
+
+
+class Mixer(nn.Module):
+    """Mixed into a transformers mixer class: the same weights, our scan, and the layer's plan.
+
+    A generation says how a piece of the input is read and scanned and how one token is decoded; its
+    `forward` is `run`, with accelerate's hooks on the weights that are used without their modules.
+    """
+
+    reads_chunks: ClassVar[bool] = True
+
+    _widefield: Link
+    layer_idx: int
+    out_proj: nn.Module
+
+    def read(
+        self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
+    ) -> tuple[Inputs, Tensor | None, Tensor]:
+        """The scan's inputs, the gate if it is none of them, the convolution's new state."""
+        raise NotImplementedError
+
+    def scan(
+        self, inputs: Any, gate: Tensor | None, plan: LayerPlan | None
+    ) -> tuple[Float[Tensor, "batch length channels"], Tensor]:
+        """What `out_proj` reads, and the state behind the last token."""
+        raise NotImplementedError
+
+    def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
+        """The output for one more token a row; the states in the cache go on."""
+        raise NotImplementedError
+
+    def state_of(self, past: LayerCache | None) -> Tensor | None:
+        """The scan's state before this forward, or None for zeros; may be a view of the cache."""
+        return None if past is None else past.state
+
+    def begin(
+        self,
+        hidden_states: Tensor,
+        cache: Any | None,
+        mask: Tensor | None,
+        left: Left | None = None,
+    ) -> Turn:
+        """What is known before the first token is read; needs no weight.
+
+        Args:
+            hidden_states: (B, L, width) of the mixer's block.
+            cache: transformers cache, or None.
+            mask: 2-D mask, left padding only, or None.
+            left: what earlier layers have left of the tokens, where they say so.
+        """
+        batch, length, _ = hidden_states.shape
+        dropped = left is not None and left.dropped
+        past = None if cache is None else LayerCache(cache, self.layer_idx, batch)
+        if past is not None and past.decodes(length, dropped):
+            return Turn(past)
+        padding = padding_of(hidden_states, mask, left, past)
+        device = hidden_states.device
+        plan = plan_of(self._widefield, self.layer_idx, past, padding, dropped, device)
+        return Turn(past, padding, plan, dropped)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any | None = None,
+        attention_mask: Tensor | Turn | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The mixer's output (B, L, width), 0 at dropped tokens.
+
+        Args:
+            hidden_states: (B, L, width) normed block input.
+            cache_params: transformers cache, or None.
+            attention_mask: 2-D mask, left padding only, or None; or the turn that a block has begun
+                and goes on with. If that turn has a `residual`, the result means nothing.
+            **kwargs: of transformers, not needed here.
+        """
+        turn = attention_mask
+        if not isinstance(turn, Turn):
+            turn = self.begin(hidden_states, cache_params, turn)
+        if turn.padding is None:
+            assert turn.past is not None
+            return self.step(hidden_states, turn.past)
+        if turn.kept is not None:
+            return self._finish(turn.kept, turn, hidden_states.dtype)
+        if turn.plan is None or turn.plan.pool is None:
+            return self._prefill(hidden_states, turn)
+        if turn.residual is not None:
+            turn.kept = self._choose(hidden_states, turn)
+            return hidden_states[:, :0]
+        check_whole(turn.past, self.layer_idx)
+        kept = self._choose(hidden_states, turn)
+        assert kept is not None
+        output = self._finish(kept, turn, hidden_states.dtype)
+        return scattered(kept.rows, output, hidden_states.shape[1])
+
+    def _prefill(self, hidden_states: Tensor, turn: Turn) -> Tensor:
+        """One tile after the other, so that only the output is as long as the input."""
+        state, output, tile = self.state_of(turn.past), None, None
+        for tile in self._tiles(hidden_states, turn):
+            inputs = tile.inputs.replace(initial_state=state)
+            piece, state = self._scanned(inputs, tile.gate, turn.plan, hidden_states.dtype)
+            if piece.shape[1] == hidden_states.shape[1]:
+                output = piece
+            else:
+                output = _room(output, piece, hidden_states.shape[1])
+                output[:, tile.part] = piece
+        assert output is not None and tile is not None and state is not None
+        assert turn.padding is not None
+        self._close(turn, tile.conv_state, state, turn.padding.lengths)
+        return output
+
+    def _choose(self, hidden_states: Tensor, turn: Turn) -> Kept | None:
+        """The best tokens of this prefill; None as long as more chunks are to come."""
+        assert turn.plan is not None and turn.plan.pool is not None
+        past, pool = turn.past, turn.plan.pool
+        survivors = Survivors(pool) if past is None else past.survivors(pool)
+        tile = None
+        for tile in self._tiles(hidden_states, turn):
+            tokens = {name: getattr(tile.inputs, name, None) for name in _SEQUENCES}
+            residual = None if turn.residual is None else turn.residual[:, tile.part]
+            tokens |= {"gate": tile.gate, "residual": residual}
+            score = ops.token_score(tile.inputs, pool)
+            self._offer(survivors, score, tile.inputs.valid, tokens)
+        assert tile is not None
+        if past is not None and past.more_to_come(turn.dropped):
+            past.store_conv(tile.conv_state)
+            return None
+        rows, tokens = survivors.take()
+        residual, gate = tokens.pop("residual", None), tokens.pop("gate", None)
+        state = self.state_of(past)
+        inputs = tile.inputs.replace(**tokens, valid=rows.valid, initial_state=state)
+        return Kept(rows, residual, inputs, gate, tile.conv_state)
+
+    def _offer(
+        self,
+        survivors: Survivors,
+        score: Float[Tensor, "batch length"],
+        valid: Bool[Tensor, "batch length"] | None,
+        tokens: dict[str, Tensor | None],
+    ) -> None:
+        present = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+        try:
+            survivors.add(score, valid, present)
+        except WidefieldError as error:
+            raise WidefieldError(f"layer {self.layer_idx}: {error}") from None
+
+    def _finish(self, kept: Kept, turn: Turn, dtype: torch.dtype) -> Tensor:
+        """The output for the chosen tokens, scanned as if they were all."""
+        output, state = self._scanned(kept.inputs, kept.gate, turn.plan, dtype)
+        lengths = Padding.of_valid(kept.rows.valid, output.shape[1]).lengths
+        self._close(turn, kept.conv_state, state, lengths)
+        return output
+
+    def _scanned(
+        self, inputs: Inputs, gate: Tensor | None, plan: LayerPlan | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y, state = self.scan(inputs, gate, plan)
+        return self.out_proj(y.to(dtype)), state
+
+    def _tiles(self, hidden_states: Tensor, turn: Turn) -> Iterator[Tile]:
+        """The scan's inputs tile by tile."""
+        past, observer = turn.past, self._widefield.observer
+        assert turn.padding is not None
+        conv_state = None if past is None else past.conv_state
+        for part in self._parts(hidden_states):
+            valid = None if turn.padding.valid is None else turn.padding.valid[:, part]
+            inputs, gate, conv_state = self.read(hidden_states[:, part], conv_state, valid)
+            if observer is not None:
+                observer(self.layer_idx, inputs.replace(initial_state=self.state_of(past)))
+            yield Tile(part, inputs, gate, conv_state)
+
+    def _parts(self, hidden_states: Tensor) -> Iterator[slice]:
+        """Pieces of the sequence; one piece where gradients or an observer need it whole."""
+        batch, length, _ = hidden_states.shape
+        step = max(1, TILE.get(hidden_states.device.type, TILE["cuda"]) // batch)
+        step = step - step % _EVEN or step
+        if torch.is_grad_enabled() or self._widefield.observer is not None:
+            step = length
+        return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+    def _close(
+        self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
+    ) -> None:
+        """Check the state behind the last token and leave it in the cache."""
+        touched = turn.plan is not None and turn.plan.touches_scan
+        if touched and not bool(torch.isfinite(state).all()):
+            raise WidefieldError(
+                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
+                "or input); check the model's weights and its dtype (float32 is safest)"
+            )
+        if turn.past is not None:
+            turn.past.store(conv_state, self.cached(state), lengths)
+
+    def cached(self, state: Tensor) -> Tensor:
+        """The scan's state in the shape that transformers caches."""
+        return state
+
+
+def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:
+    """What the pieces of an output are written to, made when the first one is there."""
+    if output is not None:
+        return output
+    return piece.new_empty(piece.shape[0], length, *piece.shape[2:])
