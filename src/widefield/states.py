@@ -34,6 +34,7 @@ _KEY = "widefield.state"
 _FORMAT = 1
 _AGAIN = "save the state again with wf.save_state"
 _SEEN = "widefield_seen"
+_VALID = "widefield_valid"  # which tokens a layer behind dropped ones holds; others hold all
 # Entries with attention whose keys and values are all that they keep.
 _GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
@@ -86,7 +87,7 @@ def load_state(path: str | Path, model: nn.Module) -> DynamicCache:
         raise WidefieldError(f"{path} is not a whole state (its tensors): {_AGAIN}")
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     for name in sorted(tensors):
-        _put(cache, name, tensors, expected[name].dtype)
+        _put(cache, name, tensors, expected)
     for index, seen in header["seen"].items():
         if seen is not None:
             setattr(cache.layers[int(index)], _SEEN, tuple(seen))
@@ -165,7 +166,9 @@ def _attended(entry: Any, index: int) -> dict[str, Tensor]:
             f"layer {index} of the cache is a {type(entry).__name__}, which cannot be kept: "
             "expected a DynamicCache without a sliding window"
         )
-    return {"keys": keys, "values": entry.values}
+    held = {"keys": keys, "values": entry.values}
+    valid = getattr(entry, _VALID, None)
+    return held if valid is None else {**held, "valid": valid}
 
 
 def _repeated(entry: Any, times: int) -> Any:
@@ -208,16 +211,32 @@ def _fits(
 
     Kernels trust the shapes of a cache, so that none may come from a file unseen.
     """
-    if tensors.keys() != expected.keys():
+    marks = {name for name in tensors if name.endswith(".valid")}
+    if tensors.keys() - marks != expected.keys():
+        return False
+    if not all(_is_mark(name, tensors) for name in marks):
         return False
     rows = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors.values()}
-    lengths = {tensor.shape[2] for n, tensor in tensors.items() if _grows(n) and tensor.ndim == 4}
+    whole = {n: t for n, t in tensors.items() if _mark_of(n) not in marks}
+    lengths = {tensor.shape[2] for n, tensor in whole.items() if _grows(n) and tensor.ndim == 4}
     same = all(_shape(n, tensors[n]) == _shape(n, expected[n]) for n in expected)
     layers = {name.partition(".")[0] for name in expected}
     counts = header["seen"].keys() == layers and all(
         _is_count(seen, rows) for seen in header["seen"].values()
     )
     return same and counts and len(rows) == 1 and len(lengths) <= 1
+
+
+def _mark_of(name: str) -> str:
+    return f"{name.partition('.')[0]}.valid"
+
+
+def _is_mark(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this can say which of an attention layer's tokens are no padding."""
+    index, mark = name.partition(".")[0], tensors[name]
+    held = [tensors.get(f"{index}.{kind}") for kind in ("keys", "values")]
+    shapes = {None if t is None or t.ndim != 4 else (t.shape[0], t.shape[2]) for t in held}
+    return mark.dtype == torch.bool and shapes == {tuple(mark.shape)}
 
 
 def _grows(name: str) -> bool:
@@ -239,9 +258,16 @@ def _is_count(seen: object, rows: set[int]) -> bool:
     return all(type(n) is int and n >= 0 for n in seen)
 
 
-def _put(cache: DynamicCache, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _put(
+    cache: DynamicCache, name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     index, kind, *number = name.split(".")
-    tensor, layer = tensors[name].to(dtype), int(index)
+    layer = int(index)
+    if kind == "valid":
+        setattr(cache.layers[layer], _VALID, tensors[name])
+        return
+    dtype = expected[name].dtype
+    tensor = tensors[name].to(dtype)
     if kind == "conv":
         cache.update_conv_state(tensor, layer, int(number[0]))
     elif kind == "state":
