@@ -10,28 +10,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import widefield as wf
 from tests.families.cases import CASES, SUPPORTED_CASES, random_ids, relative
+from widefield.errors import WidefieldError
 from widefield.extension import extend
-from widefield.families import _mixer
+from widefield.families import _mixer, mixers
 from widefield.methods import DeciMamba, LongMamba
 from widefield.methods.base import Method
 
 TRAINED_AT, LENGTH, PADDING, MORE = 12, 60, 33, 21
 CLOSE = 1e-5
-_MADE: dict[str, tuple[Any, LongMamba, tuple[int, ...], bool]] = {}
+_MADE: dict[str, tuple[Any, LongMamba, tuple[int, ...]]] = {}
 
 
-def made(name: str) -> tuple[Any, LongMamba, tuple[int, ...], bool]:
-    """A model, LongMamba for it, its Mamba layers, and whether it may drop tokens; made once."""
+def made(name: str) -> tuple[Any, LongMamba, tuple[int, ...]]:
+    """A model, LongMamba for it, and its Mamba layers; made once."""
     if name not in _MADE:
         model = extend(CASES[name].make())
         sample = random_ids(3, TRAINED_AT, seed=3)
         calibration = wf.calibrate(model, sample, train_length=TRAINED_AT)
-        layout = model.widefield.layout
         method = LongMamba(calibration, reduction="slowest")
-        _MADE[name] = model, method, layout.layers, layout.decimation is None
+        _MADE[name] = model, method, model.widefield.layout.layers
     return _MADE[name]
 
 
@@ -41,20 +42,26 @@ def decimated(layers: tuple[int, ...], **options: Any) -> DeciMamba:
     )
 
 
-@pytest.fixture(params=["unmodified", "longmamba", "decimamba", "both"])
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
+DROPPING = ("mamba", "falcon-mamba", "jamba", "mamba2", "granite", "nemotron-h")
+TABLE = [
+    *(
+        (name, m)
+        for name in SUPPORTED_CASES
+        if CASES[name].told
+        for m in ("unmodified", "longmamba")
+    ),
+    *((name, m) for name in DROPPING for m in ("decimamba", "both")),
+]
 
 
-@pytest.fixture(params=[name for name in SUPPORTED_CASES if CASES[name].told])
-def model(request: pytest.FixtureRequest, method: str) -> Any:
-    model, longmamba, layers, drops = made(request.param)
+@pytest.fixture(params=TABLE, ids="-".join)
+def model(request: pytest.FixtureRequest) -> Any:
+    name, method = request.param
+    model, longmamba, layers = made(name)
     chosen: list[Method] = []
     if method in ("longmamba", "both"):
         chosen.append(longmamba)
     if method in ("decimamba", "both"):
-        if not drops:
-            pytest.skip("may not drop tokens: held by test_families.py")
         chosen.append(decimated(layers, protect=3))
     return extend(model, *chosen)
 
@@ -156,3 +163,65 @@ def test_tiles_are_not_to_be_seen(
     tiled = one_pass(model, ids, mask)
     assert relative(tiled.logits, whole.logits) < CLOSE
     assert_same(tiled[cache_name(model)], whole[cache_name(model)])
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_with_a_full_residual_stream_chunks_are_refused(name: str, ids: Tensor) -> None:
+    model, _, layers = made(name)
+    extend(model, decimated(layers, residual="full"))
+    with pytest.raises(WidefieldError, match="answers for every token, and which are kept"):
+        wf.prefill(model, ids, chunk_size=16)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "granite", "nemotron-h", "falcon-h1"])
+@torch.no_grad()
+def test_a_mixer_never_holds_more_than_a_tile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_mixer.TILE, "cpu", 32)
+    model, longmamba, layers = made(name)
+    methods = [(), (longmamba,), (decimated(layers, residual="full"),)]
+    methods += [(decimated(layers),)] if name in DROPPING else []
+    projected: list[int] = []
+    hooks = [
+        module.in_proj.register_forward_hook(lambda _, args, out: projected.append(out.shape[1]))
+        for _, module in mixers(model)
+    ]
+    for chosen in methods:
+        projected.clear()
+        extend(model, *chosen)(random_ids(2, LENGTH))
+        assert projected[:4] == [16, 16, 16, 12]
+        assert max(projected) == 16
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "nemotron-h"])
+@torch.no_grad()
+def test_tiles_of_even_length_change_not_one_bit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, longmamba, layers = made(name)
+    ids = random_ids(1, 300)
+    for chosen in ((), (longmamba,), (decimated(layers),)):
+        extend(model, *chosen)
+        monkeypatch.setitem(_mixer.TILE, "cpu", 4096)
+        whole = one_pass(model, ids, torch.ones_like(ids)).logits
+        monkeypatch.setitem(_mixer.TILE, "cpu", 150)
+        assert torch.equal(one_pass(model, ids, torch.ones_like(ids)).logits, whole)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_is_held_back_does_not_grow_with_the_prompt(name: str) -> None:
+    model, _, layers = made(name)
+    extend(model, decimated(layers))
+    most = []
+    for length in (200, 800):
+        held_back: list[int] = []
+        cache = DynamicCache(config=model.config)
+
+        def note(done: int, total: int, cache: Any = cache, kept: list = held_back) -> None:
+            pieces = cache.widefield_prefill.survivors[layers[0]]._pieces
+            kept.append(sum(piece.score.shape[1] for piece in pieces))
+
+        wf.prefill(model, random_ids(1, length), chunk_size=50, cache=cache, progress=note)
+        most.append(max(held_back))
+    assert most[0] == most[1] <= 2 * 21 + 2 * 50

@@ -20,6 +20,7 @@ from widefield.families._context import Left
 _FLASH = "flash_attention"
 
 
+@torch.compiler.disable
 def fit_mask(
     attention: Any,
     hidden_states: Float[Tensor, "batch length width"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers.integrations.accelerate import force_accelerate_hooks
 
 from widefield import ops
 from widefield.errors import WidefieldError
@@ -103,7 +104,7 @@ class Mixer(nn.Module):
     """Mixed into a transformers mixer class: the same weights, our scan, and the layer's plan.
 
     A generation says how a piece of the input is read and scanned and how one token is decoded; its
-    `forward` is `run`, with accelerate's hooks on the weights that are used without their modules.
+    `forward` is `run_with` the names of the weights that are used without calling their modules.
     """
 
     reads_chunks: ClassVar[bool] = True
@@ -132,6 +133,7 @@ class Mixer(nn.Module):
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""
         return None if past is None else past.state
 
+    @torch.compiler.disable
     def begin(
         self,
         hidden_states: Tensor,
@@ -293,6 +295,15 @@ class Mixer(nn.Module):
     def cached(self, state: Tensor) -> Tensor:
         """The scan's state in the shape that transformers caches."""
         return state
+
+
+def run_with(*used: str) -> Callable[..., Tensor]:
+    """`Mixer.run`, which fetches submodules that accelerate keeps elsewhere.
+
+    torch.compile leaves it as it is: it runs kernels of our own, over pieces whose number depends
+    on the input.
+    """
+    return torch.compiler.disable(force_accelerate_hooks(list(used))(Mixer.run))
 
 
 def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:

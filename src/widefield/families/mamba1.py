@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.accelerate import force_accelerate_hooks
 
 from widefield import ops
 from widefield.families._context import LayerCache
-from widefield.families._mixer import Mixer
+from widefield.families._mixer import Mixer, run_with
 from widefield.plan import LayerPlan, ScanInputs
 
 _SILU = ("silu", "swish")
@@ -137,7 +136,7 @@ class Mamba1Mixer(Mixer):
         past.store(conv_state, None, (1,))
         return self.out_proj(y[:, None].to(hidden_states.dtype))
 
-    forward = force_accelerate_hooks(["conv1d", "dt_proj"])(Mixer.run)
+    forward = run_with("conv1d", "dt_proj")
 
 
 class NormedMamba1Mixer(Mamba1Mixer):

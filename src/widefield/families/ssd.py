@@ -7,11 +7,10 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.integrations.accelerate import force_accelerate_hooks
 
 from widefield import ops
 from widefield.families._context import LayerCache
-from widefield.families._mixer import Mixer
+from widefield.families._mixer import Mixer, run_with
 from widefield.plan import LayerPlan, SSDInputs
 
 _SILU = ("silu", "swish")
@@ -131,4 +130,4 @@ class SSDMixer(Mixer):
         out = self.gated(y.flatten(1)[:, None], gate)
         return self.out_proj(out.to(hidden_states.dtype))
 
-    forward = force_accelerate_hooks("conv1d")(Mixer.run)
+    forward = run_with("conv1d")

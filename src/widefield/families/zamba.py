@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 
-from widefield.families._mixer import Mixer
+from widefield.families._mixer import run_with
 from widefield.families.mamba1 import Mamba1Mixer
 
 
@@ -40,7 +39,7 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
         """(D,) of all heads, in float32."""
         return self.dt_proj_bias.float().flatten()
 
-    forward = force_accelerate_hooks("conv1d")(Mixer.run)
+    forward = run_with("conv1d")
 
 
 SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}
