@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from widefield.errors import WidefieldError
-from widefield.families._context import Left
+from widefield.families._context import Left, uncompiled
 
 _FLASH = "flash_attention"
 
 
-@torch.compiler.disable
+@uncompiled
 def fit_mask(
     attention: Any,
     hidden_states: Float[Tensor, "batch length width"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,16 @@ from widefield.errors import WidefieldError
 from widefield.ops import Rows, Survivors
 from widefield.plan import LayerPlan, Pool, ScanInputs, SSDInputs
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Observer = Callable[[int, ScanInputs | SSDInputs], None]
+
+
+def uncompiled(function: Function) -> Function:
+    """The same function, which torch.compile runs as it is.
+
+    Kernels of our own are none that it could compile, and Python objects go between layers.
+    """
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Link(Protocol):

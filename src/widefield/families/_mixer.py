@@ -22,6 +22,7 @@ from widefield.families._context import (
     padding_of,
     plan_of,
     scattered,
+    uncompiled,
 )
 from widefield.ops import Rows, Survivors
 from widefield.plan import LayerPlan, ScanInputs, SSDInputs
@@ -120,7 +121,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def scan(
-        self, inputs: Any, gate: Tensor | None, plan: LayerPlan | None
+        self, inputs: Any, gate: Any, plan: LayerPlan | None
     ) -> tuple[Float[Tensor, "batch length channels"], Tensor]:
         """What `out_proj` reads, and the state behind the last token."""
         raise NotImplementedError
@@ -133,7 +134,7 @@ class Mixer(nn.Module):
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""
         return None if past is None else past.state
 
-    @torch.compiler.disable
+    @uncompiled
     def begin(
         self,
         hidden_states: Tensor,
@@ -298,12 +299,8 @@ class Mixer(nn.Module):
 
 
 def run_with(*used: str) -> Callable[..., Tensor]:
-    """`Mixer.run`, which fetches submodules that accelerate keeps elsewhere.
-
-    torch.compile leaves it as it is: it runs kernels of our own, over pieces whose number depends
-    on the input.
-    """
-    return torch.compiler.disable(force_accelerate_hooks(list(used))(Mixer.run))
+    """`Mixer.run`, which fetches these submodules first where accelerate keeps them elsewhere."""
+    return uncompiled(force_accelerate_hooks(list(used))(Mixer.run))
 
 
 def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:
