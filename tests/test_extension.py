@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 import widefield as wf
 from tests.models import tiny_mamba
-from widefield import ops
+from widefield import families, ops
 from widefield.errors import WidefieldError
 from widefield.extension import extend, extended, observed, restore
 from widefield.methods import DeciMamba, LongMamba
@@ -276,14 +277,25 @@ class TestRefusals:
     def test_a_model_that_mixes_in_an_unknown_mixer_is_not_half_extended(
         self, model: MambaForCausalLM
     ) -> None:
-        class StrangeMixer(type(model.backbone.layers[0].mixer)):
-            pass
-
-        model.backbone.layers[1].mixer.__class__ = StrangeMixer
+        mixer: Any = model.backbone.layers[1].mixer
+        mixer.__class__ = type("StrangeMixer", (type(mixer),), {})
         kinds = [type(module) for module in model.modules()]
         with pytest.raises(WidefieldError, match="holds StrangeMixer layers, which are not"):
             extend(model)
         assert [type(module) for module in model.modules()] == kinds
+
+    def test_a_hybrid_with_a_strange_mixer_is_left_alone(
+        self, model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class StrangeMixer(torch.nn.Module):
+            layer_idx = 1
+
+        monkeypatch.setattr(families, "_KNOWN_ELSEWHERE", ("StrangeMixer",))
+        model.backbone.layers[1].mixer = StrangeMixer()
+        kinds = [type(m) for m in model.modules()]
+        with pytest.raises(WidefieldError, match="MambaForCausalLM holds StrangeMixer layers"):
+            extend(model)
+        assert [type(m) for m in model.modules()] == kinds
 
     def test_a_method_class_is_not_a_method(self, model: MambaForCausalLM) -> None:
         with pytest.raises(WidefieldError, match="expected an instance"):

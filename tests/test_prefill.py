@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -318,7 +319,8 @@ class TestTiles:
         for method in METHODS:
             model = extend(tiny_family("mamba"), *METHODS[method]("mamba"))
             projected: list[int] = []
-            for layer in model.backbone.layers:
+            layers: Any = model.backbone.layers
+            for layer in layers:
                 layer.mixer.in_proj.register_forward_hook(
                     lambda module, args, out, noted=projected: noted.append(out.shape[1])
                 )
@@ -342,11 +344,12 @@ class TestTiles:
         ids = random_ids(1, 30)
         model = extend(tiny_mamba())
         model(ids, labels=ids).loss.backward()
-        before = model.backbone.layers[0].mixer.A_log.grad.clone()
+        rates: Any = model.backbone.layers[0].mixer.A_log
+        before = rates.grad.clone()
         model.zero_grad()
         monkeypatch.setitem(mamba1.TILE, "cpu", 4)
         model(ids, labels=ids).loss.backward()
-        assert torch.equal(model.backbone.layers[0].mixer.A_log.grad, before)
+        assert torch.equal(rates.grad, before)
 
 
 class TestMemory:
@@ -363,7 +366,7 @@ class TestMemory:
 
             wf.prefill(model, random_ids(1, length), chunk_size=50, cache=cache, progress=note)
             most.append(max(held))
-        assert most[0] == most[1] <= 2 * 21 + 2 * 50
+        assert most[0] == most[1] == 21
 
     def test_peak_memory_does_not_grow_with_the_prompt(self) -> None:
         script = """

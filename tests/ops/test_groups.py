@@ -20,8 +20,18 @@ def grouped(parts: list[ScanInputs]) -> ScanInputs:
         A=torch.cat([p.A for p in parts]),
         B=torch.stack([p.B for p in parts], dim=2),
         C=torch.stack([p.C for p in parts], dim=2),
-        initial_state=torch.cat([p.initial_state for p in parts], dim=1),
+        initial_state=torch.cat([_state(p) for p in parts], dim=1),
     )
+
+
+def _state(inputs: ScanInputs) -> torch.Tensor:
+    assert inputs.initial_state is not None
+    return inputs.initial_state.clone()
+
+
+def _gate(inputs: ScanInputs) -> torch.Tensor:
+    assert inputs.z is not None
+    return inputs.z[:, 0]
 
 
 def parts_of() -> list[ScanInputs]:
@@ -31,22 +41,17 @@ def parts_of() -> list[ScanInputs]:
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_grouped_scan_is_its_groups_scans(rows: bool) -> None:
     parts, shape = parts_of(), (2, GROUPS * WIDTH) if rows else (GROUPS * WIDTH,)
-    plan = LayerPlan(
-        delta_floor=0.1 * torch.rand(shape),
-        delta_scale=0.5 + torch.rand(shape),
-        decay_scale=0.5 + torch.rand(shape),
-    )
-    for whole in (None, plan):
+    fields = {
+        "delta_floor": 0.1 * torch.rand(shape),
+        "delta_scale": 0.5 + torch.rand(shape),
+        "decay_scale": 0.5 + torch.rand(shape),
+    }
+    for whole in (None, LayerPlan(**fields)):
         y, state = ops.selective_scan(grouped(parts), whole)
         for g, part in enumerate(parts):
             here = slice(g * WIDTH, (g + 1) * WIDTH)
-            own = None
-            if whole is not None:
-                own = LayerPlan(
-                    delta_floor=plan.delta_floor[..., here],
-                    delta_scale=plan.delta_scale[..., here],
-                    decay_scale=plan.decay_scale[..., here],
-                )
+            cut = {name: value[..., here] for name, value in fields.items()}
+            own = None if whole is None else LayerPlan(**cut)
             wanted_y, wanted_state = ops.selective_scan(part, own)
             assert torch.equal(y[..., here], wanted_y)
             assert torch.equal(state[:, here], wanted_state)
@@ -55,16 +60,16 @@ def test_a_grouped_scan_is_its_groups_scans(rows: bool) -> None:
 def test_a_grouped_step_is_its_groups_steps() -> None:
     parts = parts_of()
     whole = grouped(parts)
-    state = whole.initial_state.clone()
+    state = _state(whole)
     y = ops.selective_state_update(
         state, whole.x[:, 0], whole.delta[:, 0], whole.A, whole.B[:, 0], whole.C[:, 0],
-        whole.D, whole.z[:, 0], whole.delta_bias,
+        whole.D, _gate(whole), whole.delta_bias,
     )  # fmt: skip
     for g, part in enumerate(parts):
-        here, own = slice(g * WIDTH, (g + 1) * WIDTH), part.initial_state.clone()
+        here, own = slice(g * WIDTH, (g + 1) * WIDTH), _state(part)
         wanted = ops.selective_state_update(
             own, part.x[:, 0], part.delta[:, 0], part.A, part.B[:, 0], part.C[:, 0],
-            part.D, part.z[:, 0], part.delta_bias,
+            part.D, _gate(part), part.delta_bias,
         )  # fmt: skip
         torch.testing.assert_close(y[:, here], wanted)
         torch.testing.assert_close(state[:, here], own)

@@ -39,9 +39,10 @@ class WidefieldJambaMambaDecoderLayer(JambaMambaDecoderLayer):
         """Mixer and feed-forward: (B, L, H) → (B, L, H), or (B, k, H) if tokens are dropped."""
         if hidden_states.shape[1] == 0:
             return hidden_states  # an earlier layer holds the tokens back until the last chunk
-        normed = self.input_layernorm(hidden_states)
+        normed: Tensor = self.input_layernorm(hidden_states)
         note = shortened(hidden_states)
-        mixed = self.mamba.mix(normed, hidden_states, past_key_values, attention_mask, note)
+        mixer: Any = self.mamba
+        mixed = mixer.mix(normed, hidden_states, past_key_values, attention_mask, note)
         out = mixed.residual + mixed.output
         if out.shape[1] != 0:
             out = out + self.feed_forward(self.pre_ff_layernorm(out))
@@ -60,7 +61,7 @@ class WidefieldJambaAttentionDecoderLayer(JambaAttentionDecoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Any | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,

@@ -209,6 +209,7 @@ class Mamba1Mixer(nn.Module):
             self._offer(survivors, tile.inputs, plan.pool, residual[:, tile.part])
         assert tile is not None
         if past is not None and past.more_to_come(note):
+            survivors.thin()
             past.store_conv(tile.conv_state)
             return Mixed(hidden_states[:, :0], residual[:, :0], note, None)
         rows, tokens = survivors.take()
