@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 import widefield as wf
 from tests.models import tiny_mamba
-from widefield import families, ops
+from widefield import ops
 from widefield.errors import WidefieldError
 from widefield.extension import extend, extended, observed, restore
 from widefield.methods import DeciMamba, LongMamba
@@ -283,19 +283,6 @@ class TestRefusals:
         with pytest.raises(WidefieldError, match="holds StrangeMixer layers, which are not"):
             extend(model)
         assert [type(module) for module in model.modules()] == kinds
-
-    def test_a_hybrid_with_a_strange_mixer_is_left_alone(
-        self, model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        class StrangeMixer(torch.nn.Module):
-            layer_idx = 1
-
-        monkeypatch.setattr(families, "_KNOWN_ELSEWHERE", ("StrangeMixer",))
-        model.backbone.layers[1].mixer = StrangeMixer()
-        kinds = [type(m) for m in model.modules()]
-        with pytest.raises(WidefieldError, match="MambaForCausalLM holds StrangeMixer layers"):
-            extend(model)
-        assert [type(m) for m in model.modules()] == kinds
 
     def test_a_method_class_is_not_a_method(self, model: MambaForCausalLM) -> None:
         with pytest.raises(WidefieldError, match="expected an instance"):

@@ -104,17 +104,16 @@ def in_chunks(
         return model(**arguments)  # behind a filled cache it is a decode step, as ever
     cache: Any = arguments.get(_cache_name(model))
     if cache is None:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[union-attr]
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore
         arguments[_cache_name(model)] = cache
     padding = read_padding(arguments.get("attention_mask"), length)
     new = _announced(model, cache, padding, _tokens(arguments).shape[0], context_length)
-    progressing = cache.widefield_prefill = ChunkedPrefill(new, padding)
+    cache.widefield_prefill = chunked = ChunkedPrefill(new, padding)
     outputs = None
     try:
         for start in range(0, length, chunk_size):
             part = slice(start, min(start + chunk_size, length))
-            progressing.padding = _part(padding, part)
-            progressing.last = part.stop == length
+            chunked.padding, chunked.last = _part(padding, part), part.stop == length
             outputs = model(**_chunk(model, arguments, part, length))
             if progress is not None:
                 progress(part.stop, length)

@@ -28,6 +28,9 @@ class WidefieldJambaMambaMixer(NormedMamba1Mixer, JambaMambaMixer):
 class WidefieldJambaMambaDecoderLayer(JambaMambaDecoderLayer):
     """`JambaMambaDecoderLayer` whose mixer may drop tokens."""
 
+    mamba: WidefieldJambaMambaMixer
+    feed_forward: nn.Module
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -39,10 +42,9 @@ class WidefieldJambaMambaDecoderLayer(JambaMambaDecoderLayer):
         """Mixer and feed-forward: (B, L, H) → (B, L, H), or (B, k, H) if tokens are dropped."""
         if hidden_states.shape[1] == 0:
             return hidden_states  # an earlier layer holds the tokens back until the last chunk
-        normed: Tensor = self.input_layernorm(hidden_states)
+        normed = self.input_layernorm(hidden_states)
         note = shortened(hidden_states)
-        mixer: Any = self.mamba
-        mixed = mixer.mix(normed, hidden_states, past_key_values, attention_mask, note)
+        mixed = self.mamba.mix(normed, hidden_states, past_key_values, attention_mask, note)
         out = mixed.residual + mixed.output
         if out.shape[1] != 0:
             out = out + self.feed_forward(self.pre_ff_layernorm(out))
