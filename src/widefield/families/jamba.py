@@ -28,6 +28,9 @@ class WidefieldJambaMambaMixer(NormedMamba1Mixer, JambaMambaMixer):
 class WidefieldJambaMambaDecoderLayer(JambaMambaDecoderLayer):
     """`JambaMambaDecoderLayer` whose mixer may drop tokens."""
 
+    mamba: WidefieldJambaMambaMixer
+    feed_forward: nn.Module
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -60,7 +63,7 @@ class WidefieldJambaAttentionDecoderLayer(JambaAttentionDecoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Any | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
