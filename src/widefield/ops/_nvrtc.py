@@ -27,7 +27,7 @@ __all__ = ["Kernel", "available", "build", "cache_folder"]
 
 @functools.cache
 def available() -> bool:
-    """Whether CUDA C++ can be compiled and run here, with a GPU of compute capability 8.0 or more."""
+    """Whether CUDA C++ can be compiled and run here, on a GPU."""
     if importlib.util.find_spec("cuda") is None:
         return False
     if importlib.util.find_spec("cuda.bindings") is None or not torch.cuda.is_available():

@@ -29,7 +29,11 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 constexpr int TILE = 32;      // tokens
-constexpr int PRODUCERS = 4;  // warps, each with one buffer
+
+__device__ constexpr int count_bits(u32 set) { return set ? (set & 1) + count_bits(set >> 1) : 0; }
+constexpr int PRODUCER_COUNT = count_bits(PRODUCERS);
+constexpr int FINISHER_COUNT = count_bits(FINISHERS);
+
 constexpr int BLOCK = 8;      // tokens that consumers sum up together
 constexpr int PER_LANE = STATES / GROUP;
 constexpr int PER_WARP = 32 / GROUP;  // channels
@@ -42,7 +46,7 @@ constexpr int DELTA_PITCH = TILE + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
 constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
-constexpr int PARTS = 8 >> STAGES;  // partial sums of a channel that are left to the producer
+constexpr int PARTS = STAGES == 3 ? 1 : GROUP >> STAGES;  // partial sums that finishers add up
 constexpr int PART_SIZE = TILE * CHANNELS + (STAGES == 3 ? 0 : STAGES == 0 ? 4 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
 constexpr int B_AT = 2 * DELTA_SIZE;
@@ -99,7 +103,7 @@ __device__ __forceinline__ float exp_of(float v) {
 __device__ __forceinline__ float softplus(float v) {
     float n = -fabsf(v);
     float u = exp_of(EXACT ? fmaxf(n, -100.0f) : n);
-    // log(1 + u) / u for u from 0 to 1: minimax polynomials with relative errors of 5e-9 and 1.4e-6.
+    // log(1 + u) / u for u from 0 to 1: minimax polynomials with relative errors of 5e-9 and 2.2e-7.
     constexpr float exact[] = {1.0f,
                                -0.4999990165233612f,
                                0.3332996368408203f,
@@ -111,15 +115,16 @@ __device__ __forceinline__ float softplus(float v) {
                                0.019851455464959145f,
                                -0.0032440228387713432f};
     constexpr float quick[] = {1.0f,
-                               -0.4999074637889862f,
-                               0.33140426874160767f,
-                               -0.23611344397068024f,
-                               0.15102769434452057f,
-                               -0.06785120815038681f,
-                               0.014588318765163422f};
-    float p = EXACT ? exact[9] : quick[6];
+                               -0.4999817907810211f,
+                               0.3328406512737274f,
+                               -0.24536865949630737f,
+                               0.17847207188606262f,
+                               -0.10902288556098938f,
+                               0.04498662054538727f,
+                               -0.00877894926816225f};
+    float p = EXACT ? exact[9] : quick[7];
 #pragma unroll
-    for (int i = EXACT ? 8 : 5; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 7]);
+    for (int i = EXACT ? 8 : 6; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 8]);
     return fmaf(p, u, max_or_nan(v, 0.0f));
 }
 
@@ -277,7 +282,11 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 
 // ---- producers ----------------------------------------------------------------------------------------
 
-constexpr int STRIDE = PRODUCERS * TILE;  // tokens from one tile of a producer to its next
+constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
+
+__device__ __forceinline__ u32 tiles_of(const Parameters& p) {
+    return static_cast<u32>((p.length + TILE - 1) / TILE);
+}
 
 // Where a lane's pieces of a tensor lie: one address for the warp, small offsets for the lane.
 template <int KIND, int PIECES>
@@ -286,9 +295,10 @@ struct Stream {
     i64 advance;
     u32 offset[PIECES];
 
-    __device__ __forceinline__ void place(const void* base, i64 element, i64 token_stride) {
+    __device__ __forceinline__ void place(const void* base, i64 element, i64 token_stride,
+                                          int tokens) {
         tile = static_cast<const char*>(base) + element * BYTES<KIND>;
-        advance = token_stride * STRIDE * BYTES<KIND>;
+        advance = token_stride * tokens * BYTES<KIND>;
     }
     __device__ __forceinline__ void aim(int i, int token, i64 token_stride, int element) {
         offset[i] = (token * static_cast<u32>(token_stride) + element) * BYTES<KIND>;
@@ -309,7 +319,7 @@ struct Projection {
     }
 
     __device__ __forceinline__ void place(const void* base, i64 element, i64 stride, int lane) {
-        from.place(base, element, stride);
+        from.place(base, element, stride, STRIDE);
 #pragma unroll
         for (int i = 0; i < PIECES; i++) from.aim(i, token(i, lane), stride, state(i, lane));
     }
@@ -344,93 +354,118 @@ struct Projection {
     }
 };
 
-struct Producer {
-    int lane, count;  // channels of this block that exist
+// The pieces of four channels that a lane has of a tile.
+struct Pieces {
+    int lane, first_channel, count;  // the block's channels: where they begin, how many exist
     i64 row;
-    int first_channel;
-    Stream<X_KIND, QUADS> x_from, y_to;
-    Stream<DELTA_KIND, QUADS> delta_from;
-    Stream<Z_KIND, HAS_Z ? QUADS : 1> z_from;
-    const u8* valid_from;
-    i64 valid_token;
-    float skip[QUADS][4], bias[QUADS][4], scale[QUADS][4], floor[QUADS][4];
-    Piece<X_KIND, 4> x[QUADS];
-    Piece<DELTA_KIND, 4> delta[QUADS];
-    Piece<Z_KIND, 4> z[HAS_Z ? QUADS : 1];
-    bool valid[QUADS];
-    Projection<B_KIND> B;
-    Projection<C_KIND> C;
 
-    __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
+    __device__ __forceinline__ static int token(int i, int lane) { return (lane + 32 * i) / QUADS; }
+    __device__ __forceinline__ int token(int i) const { return token(i, lane); }
     __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
     // How many of the piece's channels exist, if it lies in the first `rows` rows of the tile.
     __device__ __forceinline__ int present(int i, int rows) const {
         return token(i) < rows ? count - channel(i) : 0;
     }
 
+    template <int KIND>
+    __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base, i64 row_stride,
+                                        i64 token_stride, i64 first, int tokens) const {
+        stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
+                     tokens);
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) stream.aim(i, token(i), token_stride, channel(i));
+    }
+    template <typename Get>
+    __device__ __forceinline__ void constants(float (&to)[QUADS][4], float absent, Get get) const {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                to[i][k] = channel(i) + k < count ? get(first_channel + channel(i) + k) : absent;
+    }
+};
+
+// Which tokens of a lane's pieces are there and are no padding.
+struct Valid {
+    const u8* from;
+    i64 token_stride, advance;
+    bool open[QUADS];
+
+    __device__ __forceinline__ void place(const Parameters& p, const Pieces& at, i64 first,
+                                          int tokens) {
+        if (VALID) from = p.valid + at.row * p.valid_row + first * p.valid_token;
+        token_stride = VALID ? p.valid_token : 0;
+        advance = token_stride * tokens;
+    }
+    __device__ __forceinline__ void load(const Pieces& at, int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            open[i] = at.token(i) < rows && (!VALID || from[at.token(i) * token_stride]);
+        if (VALID) from += advance;
+    }
+};
+
+__device__ __forceinline__ int rows_of(i64 left) {
+    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
+}
+
+struct Producer {
+    Pieces at;
+    Stream<X_KIND, QUADS> x_from;
+    Stream<DELTA_KIND, QUADS> delta_from;
+    float bias[QUADS][4], scale[QUADS][4], floor[QUADS][4];
+    Piece<X_KIND, 4> x[QUADS];
+    Piece<DELTA_KIND, 4> delta[QUADS];
+    Valid valid;
+    Projection<B_KIND> B;
+    Projection<C_KIND> C;
+
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
-        x_from.place(p.x, row * p.x_row + first * p.x_token + first_channel, p.x_token);
-        delta_from.place(p.delta, row * p.delta_row + first * p.delta_token + first_channel,
-                         p.delta_token);
-        y_to.place(p.y, (row * p.length + first) * p.channels + first_channel, p.channels);
-        if (HAS_Z) z_from.place(p.z, row * p.z_row + first * p.z_token + first_channel, p.z_token);
-        if (VALID) valid_from = p.valid + row * p.valid_row + first * p.valid_token;
-        valid_token = VALID ? p.valid_token : 0;
-        B.place(p.B, row * p.B_row + first * p.B_token, p.B_token, lane);
-        C.place(p.C, row * p.C_row + first * p.C_token, p.C_token, lane);
-#pragma unroll
-        for (int i = 0; i < QUADS; i++) {
-            x_from.aim(i, token(i), p.x_token, channel(i));
-            delta_from.aim(i, token(i), p.delta_token, channel(i));
-            y_to.aim(i, token(i), p.channels, channel(i));
-            if (HAS_Z) z_from.aim(i, token(i), p.z_token, channel(i));
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                int c = first_channel + channel(i) + k;
-                bool here = channel(i) + k < count;
-                skip[i][k] = HAS_SKIP && here ? number_at<SKIP_KIND>(p.skip, c) : 0.0f;
-                bias[i][k] = HAS_BIAS && here ? number_at<BIAS_KIND>(p.bias, c) : 0.0f;
-                scale[i][k] = SCALE && here ? p.scale[row * p.scale_row + c] : 1.0f;
-                floor[i][k] = FLOOR && here ? p.floor[row * p.floor_row + c] : 0.0f;
-            }
-        }
+        at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
+        at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
+        valid.place(p, at, first, STRIDE);
+        B.place(p.B, at.row * p.B_row + first * p.B_token, p.B_token, at.lane);
+        C.place(p.C, at.row * p.C_row + first * p.C_token, p.C_token, at.lane);
+        at.constants(bias, 0.0f,
+                     [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
+        at.constants(scale, 1.0f,
+                     [&](int c) { return SCALE ? p.scale[at.row * p.scale_row + c] : 1.0f; });
+        at.constants(floor, 0.0f,
+                     [&](int c) { return FLOOR ? p.floor[at.row * p.floor_row + c] : 0.0f; });
     }
 
     // Ask for the next tile, of which `rows` rows exist.
     __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int here = present(i, rows);
+            int here = at.present(i, rows);
             delta[i].load(delta_from.tile + delta_from.offset[i], here, WIDE);
             x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
-            if (HAS_Z) z[i].load(z_from.tile + z_from.offset[i], here, WIDE);
-            valid[i] = token(i) < rows && (!VALID || valid_from[token(i) * valid_token]);
         }
+        valid.load(at, rows);
         delta_from.tile += delta_from.advance;
         x_from.tile += x_from.advance;
-        if (HAS_Z) z_from.tile += z_from.advance;
-        if (VALID) valid_from += valid_token * STRIDE;
-        B.load(rows, lane);
-        C.load(rows, lane);
+        B.load(rows, at.lane);
+        C.load(rows, at.lane);
     }
 
     // Leave the tile in shared memory, as consumers read it.
     __device__ __forceinline__ void make(float* buffer) const {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float* out = buffer + channel(i) * DELTA_PITCH + token(i);
+            float* out = buffer + at.channel(i) * DELTA_PITCH + at.token(i);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float step = step_of(i, k);
-                step = valid[i] ? step : 0.0f;
+                step = valid.open[i] ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
-                float written = VALID && !valid[i] ? 0.0f : step * x[i].at(k);
+                float written = VALID && !valid.open[i] ? 0.0f : step * x[i].at(k);
                 out[k * DELTA_PITCH] = step;
                 out[k * DELTA_PITCH + WRITTEN_AT] = written;
             }
         }
-        B.spread(buffer + B_AT, lane);
-        C.spread(buffer + C_AT, lane);
+        B.spread(buffer + B_AT, at.lane);
+        C.spread(buffer + C_AT, at.lane);
     }
 
     __device__ __forceinline__ float step_of(int i, int k) const {
@@ -445,66 +480,103 @@ struct Producer {
     }
 };
 
-// What is kept of a tile until its sums are there.
-struct Rest {
-    Piece<X_KIND, 4> x[QUADS];
-    Piece<Z_KIND, 4> z[HAS_Z ? QUADS : 1];
-    bool valid[QUADS];
+__device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
+                                        float* buffers, u64* full, u64* free) {
+    Producer of;
+    of.at = at;
+    of.place(p, static_cast<i64>(producer) * TILE);
+    u32 tiles = tiles_of(p);
+    of.load(rows_of(p.length - static_cast<i64>(producer) * TILE));
+#pragma unroll 1
+    for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
+        u32 slot = tile % SLOTS;
+        if (tile >= SLOTS) barrier_wait(free + slot, (tile / SLOTS + 1) & 1);
+        of.make(buffers + slot * BUFFER);
+        barrier_arrive(full + slot, at.lane);
+        of.load(rows_of(p.length - static_cast<i64>(tile + PRODUCER_COUNT) * TILE));
+    }
+}
 
-    __device__ __forceinline__ explicit Rest(const Producer& of) {
-#pragma unroll
-        for (int i = 0; i < QUADS; i++) {
-            x[i] = of.x[i];
-            if (HAS_Z) z[i] = of.z[i];
-            valid[i] = of.valid[i];
-        }
+// ---- finishers ------------------------------------------------------------------------------------------
+
+struct Finisher {
+    Pieces at;
+    Stream<X_KIND, QUADS> x_from, y_to;
+    Stream<Z_KIND, QUADS> z_from;
+    float skip[QUADS][4];
+    Piece<X_KIND, 4> x[QUADS];
+    Piece<Z_KIND, 4> z[QUADS];
+    Valid valid;
+
+    __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+        constexpr int tokens = FINISHER_COUNT * TILE;
+        at.aim(y_to, p.y, p.length * p.channels, p.channels, first, tokens);
+        if (HAS_SKIP) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
+        if (HAS_Z) at.aim(z_from, p.z, p.z_row, p.z_token, first, tokens);
+        valid.place(p, at, first, tokens);
+        at.constants(skip, 0.0f,
+                     [&](int c) { return HAS_SKIP ? number_at<SKIP_KIND>(p.skip, c) : 0.0f; });
     }
 
-    __device__ __forceinline__ void finish(Producer& of, int rows, const float* buffer) const {
+    __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float y[4];
-            const float* sums = buffer + SUM_AT + (of.lane + 32 * i) * 4;
+            int here = at.present(i, rows);
+            if (HAS_SKIP) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
+            if (HAS_Z) z[i].load(z_from.tile + z_from.offset[i], here, WIDE);
+        }
+        valid.load(at, rows);
+        if (HAS_SKIP) x_from.tile += x_from.advance;
+        if (HAS_Z) z_from.tile += z_from.advance;
+    }
+
+    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) const {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            const float* sums = buffer + SUM_AT + (at.lane + 32 * i) * 4;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 float4 v = *reinterpret_cast<const float4*>(sums + part * PART_SIZE);
-                y[0] = part ? y[0] + v.x : v.x;
-                y[1] = part ? y[1] + v.y : v.y;
-                y[2] = part ? y[2] + v.z : v.z;
-                y[3] = part ? y[3] + v.w : v.w;
+                y[i][0] = part ? y[i][0] + v.x : v.x;
+                y[i][1] = part ? y[i][1] + v.y : v.y;
+                y[i][2] = part ? y[i][2] + v.z : v.z;
+                y[i][3] = part ? y[i][3] + v.w : v.w;
             }
+        }
+    }
+
+    __device__ __forceinline__ void store(float (&y)[QUADS][4], int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                if (HAS_SKIP) y[k] = fmaf(of.skip[i][k], x[i].at(k), y[k]);
-                if (HAS_Z) y[k] *= silu(z[i].at(k));
-                if (VALID && !valid[i]) y[k] = 0.0f;
+                if (HAS_SKIP) y[i][k] = fmaf(skip[i][k], x[i].at(k), y[i][k]);
+                if (HAS_Z) y[i][k] *= silu(z[i].at(k));
+                if (VALID && !valid.open[i]) y[i][k] = 0.0f;
             }
-            store_quad<X_KIND>(const_cast<char*>(of.y_to.tile) + of.y_to.offset[i], y,
-                               of.present(i, rows));
+            store_quad<X_KIND>(const_cast<char*>(y_to.tile) + y_to.offset[i], y[i],
+                               at.present(i, rows));
         }
-        of.y_to.tile += of.y_to.advance;
+        y_to.tile += y_to.advance;
     }
 };
 
-__device__ __forceinline__ void produce(const Parameters& p, Producer& of, int producer,
-                                        float* buffer, u64* full, u64* done) {
-    i64 first = static_cast<i64>(producer) * TILE;
-    of.place(p, first);
-    i64 left = p.length - first;
-    if (left <= 0) return;
-    of.load(left < TILE ? left : TILE);
+__device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, int finisher,
+                                       const float* buffers, u64* done, u64* free) {
+    Finisher of;
+    of.at = at;
+    of.place(p, static_cast<i64>(finisher) * TILE);
+    u32 tiles = tiles_of(p);
+    of.load(rows_of(p.length - static_cast<i64>(finisher) * TILE));
 #pragma unroll 1
-    for (u32 parity = 0; left > 0; parity ^= 1) {
-        of.make(buffer);
-        barrier_arrive(full, of.lane);
-        Rest rest(of);
-        int rows = left < TILE ? left : TILE;
-        left -= STRIDE;
-        of.load(left < 0 ? 0 : left < TILE ? left : TILE);
-        barrier_wait(done, parity);
-        rest.finish(of, rows, buffer);
-        // All lanes have read the sums before any lane writes the next tile.
-        __syncwarp();
+    for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
+        u32 slot = tile % SLOTS;
+        float y[QUADS][4];
+        barrier_wait(done + slot, tile / SLOTS & 1);
+        of.sum(y, buffers + slot * BUFFER);
+        barrier_arrive(free + slot, at.lane);
+        of.store(y, rows_of(p.length - static_cast<i64>(tile) * TILE));
+        of.load(rows_of(p.length - static_cast<i64>(tile + FINISHER_COUNT) * TILE));
     }
 }
 
@@ -538,7 +610,7 @@ struct Group {
 // Two lanes that differ in one bit hold sums of two tokens: each keeps one token, and gets the
 // other lane's part of it.
 struct Exchange {
-    float kept, received;
+    float kept = 0.0f, received = 0.0f;
 
     __device__ __forceinline__ void begin(float even, float odd, bool bit, int mask) {
         kept = bit ? odd : even;
@@ -550,8 +622,9 @@ struct Exchange {
 struct Consumer {
     float A[PER_LANE], h[PER_LANE];
     float decay[4 * PER_LANE];      // of the group to advance
-    float sum[4], pair[2], four[2];  // of the last group, the one before, the two before that
+    float sum[4];  // of the last group
     float eight;
+    Exchange first[2], second[2], third;  // of the groups before it; ended a turn after they begin
     int mine, channel;  // which lane of its group, which channel of the block
     bool bit0, bit1, bit2;
     int mask0, mask1, mask2;
@@ -575,7 +648,7 @@ struct Consumer {
         channel += warp * PER_WARP;
         bit0 = mine & 1, bit1 = mine & 2, bit2 = mine & 4;
         for (int k = 0; k < 4; k++) sum[k] = 0.0f;
-        pair[0] = pair[1] = four[0] = four[1] = eight = 0.0f;
+        eight = 0.0f;
     }
 
     __device__ __forceinline__ void decays(float* to, const float* delta) const {
@@ -604,37 +677,30 @@ struct Consumer {
     template <bool ADVANCE>
     __device__ __forceinline__ void turn(int g, const Group& of, const float* delta,
                                          float* flushed) {
-        Exchange first[2], second, third, wide;
         float ahead[4 * PER_LANE], sums[4];
+        if (STAGES == 3 && g % 2 == 1) {
+            eight = third.end();
+            if (GROUP >= 16) eight += __shfl_xor_sync(~0u, eight, 16);
+            if (GROUP == 32) eight += __shfl_xor_sync(~0u, eight, 8);
+            flush(flushed, (g + 3) % GROUPS / 2);
+        }
+        if (STAGES == 3) {
+            if (g % 2 == 0) third.begin(second[0].end(), second[1].end(), bit2, mask2);
+            second[g % 2].begin(first[0].end(), first[1].end(), bit1, mask1);
+        }
+        if (STAGES == 1) flush(flushed, (g + GROUPS - 2) % GROUPS);
+        if (STAGES == 0) flush(flushed, (g + GROUPS - 1) % GROUPS);
         if (STAGES >= 1) {
             first[0].begin(sum[0], sum[1], bit0, mask0);
             first[1].begin(sum[2], sum[3], bit0, mask0);
         }
-        if (STAGES == 3) {
-            second.begin(pair[0], pair[1], bit1, mask1);
-            if (g % 2 == 0) third.begin(four[0], four[1], bit2, mask2);
-            if (g % 2 == 1) flush(flushed, (g + 3) % GROUPS / 2);
-        }
-        if (STAGES == 1) flush(flushed, (g + GROUPS - 2) % GROUPS);
-        if (STAGES == 0) flush(flushed, (g + GROUPS - 1) % GROUPS);
-        if (ADVANCE) {
-            decays(ahead, delta);
-            advance(of, sums);
+        if (!ADVANCE) return;
+        decays(ahead, delta);
+        advance(of, sums);
 #pragma unroll
-            for (int i = 0; i < 4 * PER_LANE; i++) decay[i] = ahead[i];
-        }
-        if (STAGES == 3) {
-            if (g % 2 == 0) {
-                eight = third.end();
-                if (GROUP >= 16) eight += __shfl_xor_sync(~0u, eight, 16);
-                if (GROUP == 32) eight += __shfl_xor_sync(~0u, eight, 8);
-            }
-            four[g % 2] = second.end();
-        }
-        if (STAGES >= 1) pair[0] = first[0].end(), pair[1] = first[1].end();
-        if (ADVANCE)
+        for (int i = 0; i < 4 * PER_LANE; i++) decay[i] = ahead[i];
 #pragma unroll
-            for (int k = 0; k < 4; k++) sum[k] = sums[k];
+        for (int k = 0; k < 4; k++) sum[k] = sums[k];
     }
 
     __device__ __forceinline__ void flush(float* to, int block) const {
@@ -646,7 +712,7 @@ struct Consumer {
         to += part * PART_SIZE + (block * 4 + low) * CHANNELS;
 #pragma unroll
         for (int i = 0; i < 4 >> STAGES; i++)
-            to[(i << STAGES) * CHANNELS] = STAGES ? pair[i] : sum[i];
+            to[(i << STAGES) * CHANNELS] = STAGES ? first[i % 2].end() : sum[i];
     }
 };
 
@@ -666,11 +732,10 @@ struct Walk {
         c.decays(c.decay, delta[0]);
     }
 
-    // Groups FROM to TO of a tile in `buffer`. `other` is the tile behind it, where FROM is not 0,
-    // and else the one before it, which is handed back to `done` after its last sums.
+    // Groups FROM to TO of a tile in `buffer`. `other` is the tile behind it, where TO is 8, and
+    // else the one before it, whose last sums are flushed.
     template <int FROM, int TO, bool ADVANCE>
-    __device__ __forceinline__ void turns(Consumer& c, float* buffer, float* other, u64* done,
-                                          int lane) {
+    __device__ __forceinline__ void turns(Consumer& c, float* buffer, float* other) {
 #pragma unroll
         for (int g = FROM; g < TO; g++) {
             if (ADVANCE) {
@@ -681,7 +746,6 @@ struct Walk {
             }
             c.turn<ADVANCE>(g, of[g % 2], delta[(g + 1) % 2],
                             (g <= LAST_FLUSH ? other : buffer) + sums_at);
-            if (g == LAST_FLUSH && done) barrier_arrive(done, lane);
         }
     }
 };
@@ -701,32 +765,34 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
         c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
-    int tiles = static_cast<int>((p.length + TILE - 1) / TILE);
+    u32 tiles = tiles_of(p);
     Walk walk{c.channel * DELTA_PITCH, c.mine * 4, SUM_AT + c.channel};
     barrier_wait(full, 0);
     walk.begin(c, buffers);
-    walk.turns<0, 6, true>(c, buffers, buffers, nullptr, lane);
+    walk.turns<0, 6, true>(c, buffers, buffers);
     float* buffer = buffers;
-    int tile = 1;
+    u32 tile = 1;
     while (tile < tiles) {
-        barrier_wait(full + tile % PRODUCERS, tile / PRODUCERS & 1);
+        barrier_wait(full + tile % SLOTS, tile / SLOTS & 1);
         bool on;
         do {
-            // Where all goes well, the one branch of the loop is at its end: a second one would
-            // keep the compiler from mixing what lies before and behind it.
-            float* next = buffers + tile % PRODUCERS * BUFFER;
-            u64* handed = done + (tile - 1) % PRODUCERS;
+            // What keeps the compiler from mixing the instructions before and behind it, a branch
+            // or a barrier, all stands at the end of the loop.
+            float* next = buffers + tile % SLOTS * BUFFER;
+            u32 handed = (tile - 1) % SLOTS;
             tile++;
-            walk.turns<6, 8, true>(c, buffer, next, nullptr, lane);
-            walk.turns<0, 2, true>(c, next, buffer, handed, lane);
-            bool ready = barrier_test(full + tile % PRODUCERS, tile / PRODUCERS & 1);
-            walk.turns<2, 6, true>(c, next, buffer, handed, lane);
+            walk.turns<6, 8, true>(c, buffer, next);
+            walk.turns<0, 2, true>(c, next, buffer);
+            bool ready = barrier_test(full + tile % SLOTS, tile / SLOTS & 1);
+            walk.turns<2, 6, true>(c, next, buffer);
             on = __all_sync(~0u, ready && tile < tiles);
+            barrier_arrive(done + handed, lane);
             buffer = next;
         } while (on);
     }
-    walk.turns<6, 8, true>(c, buffer, buffer, nullptr, lane);
-    walk.turns<0, LAST_FLUSH + 1, false>(c, buffer, buffer, done + (tiles - 1) % PRODUCERS, lane);
+    walk.turns<6, 8, true>(c, buffer, buffer);
+    walk.turns<0, LAST_FLUSH + 1, false>(c, buffer, buffer);
+    barrier_arrive(done + (tiles - 1) % SLOTS, lane);
     if (here) {
 #pragma unroll
         for (int s = 0; s < PER_LANE; s++) p.final[state + s] = c.h[s];
@@ -735,33 +801,28 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 
 // ---- the kernel -------------------------------------------------------------------------------------------
 
-// A warp's scheduler is its number mod 4. Producers take the schedulers that consumers leave free.
-constexpr int FREE = CONSUMERS < 4 ? 4 - CONSUMERS : 4;
-static_assert(WARPS == CONSUMERS + (PRODUCERS - 1) % FREE + 1 + 4 * ((PRODUCERS - 1) / FREE),
-              "the launch has another number of warps");
-static_assert(SHARED == PRODUCERS * BUFFER * 4, "the launch has another size of shared memory");
+static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     selective_scan_forward(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) float buffers[];
-    __shared__ u64 full[PRODUCERS], done[PRODUCERS];
+    __shared__ u64 full[SLOTS], done[SLOTS], free[SLOTS];
     // From lane 0, so that the compiler knows it to be the same in the whole warp.
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     i64 row = blockIdx.y;
     int first_channel = blockIdx.x * CHANNELS;
-    if (threadIdx.x < PRODUCERS) {
+    if (threadIdx.x < SLOTS) {
         barrier_init(full + threadIdx.x, 1);
         barrier_init(done + threadIdx.x, CONSUMERS);
+        barrier_init(free + threadIdx.x, 1);
     }
     __syncthreads();
     if (warp < CONSUMERS) {
         consume(p, warp, lane, row, first_channel, buffers, full, done);
         return;
     }
-    int producer = (warp - CONSUMERS) % 4 + (warp - CONSUMERS) / 4 * FREE;
-    if ((warp - CONSUMERS) % 4 >= FREE || producer >= PRODUCERS) return;
-    Producer of;
-    of.lane = lane, of.row = row, of.first_channel = first_channel;
-    of.count = min(CHANNELS, p.channels - first_channel);
-    produce(p, of, producer, buffers + producer * BUFFER, full + producer, done + producer);
+    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row};
+    u32 me = 1u << warp;
+    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
+    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);
 }

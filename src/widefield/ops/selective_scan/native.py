@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,69 @@ from torch import Tensor
 from widefield.ops import _nvrtc
 from widefield.plan import LayerPlan, ScanInputs
 
+__all__ = ["Layout", "selective_scan", "supports"]
+
 _SOURCE = Path(__file__).with_name("forward.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_GROUPS = {8: 8, 16: 8, 32: 8}  # lanes that share a channel, by states
-_TILE, _PRODUCERS = 32, 4
-_FAR = 1 << 22  # elements from token to token; lanes count bytes within a tile in 32 bits
+_STATES = (8, 16, 32)
+_TILE = 32  # tokens
+_FAR = 1 << 22  # elements from token to token: lanes count bytes within a tile in 32 bits
+_WIDEST = 12  # channels of a block
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the warps of a block share its channels.
+
+    A warp's scheduler is its number mod 4. Consumers have one to themselves, or nearly so.
+
+    Attributes:
+        group: lanes that share a channel.
+        consumers: warps 0 to consumers - 1; each has 32 / group channels.
+        producers: which warps are producers, as bits.
+        finishers: which warps are finishers, as bits.
+        slots: tiles that are in shared memory at once.
+        stages: how often lanes exchange sums before finishers add up the rest; 0, 1 or 3.
+    """
+
+    group: int
+    consumers: int
+    producers: int
+    finishers: int
+    slots: int = 4
+    stages: int = 0
+
+    @property
+    def warps(self) -> int:
+        """Of a block; some may have nothing to do."""
+        return (self.producers | self.finishers).bit_length()
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.consumers * 32 // self.group
+
+    def shared_bytes(self, states: int) -> int:
+        """The size of the buffers, as the kernel computes it."""
+        inputs = 2 * self.channels * (_TILE + 4)
+        projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
+        parts = 1 if self.stages == 3 else self.group >> self.stages
+        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+        return self.slots * 4 * (inputs + projections + parts * part)
+
+
+# By the quads of channels of a block. Few channels are spread over more lanes: what counts there
+# is how long a token takes.
+_NARROW = {
+    1: Layout(group=8, consumers=1, producers=0x0E, finishers=0xE0),
+    2: Layout(group=8, consumers=2, producers=0x4C, finishers=0xB0),
+    3: Layout(group=8, consumers=3, producers=0x888, finishers=0x70),
+}
+_SPREAD = {
+    **_NARROW,
+    1: Layout(group=16, consumers=2, producers=0x4C, finishers=0xB0),
+    2: Layout(group=16, consumers=4, producers=0x70, finishers=0x380),
+}
 
 
 class _Parameters(ctypes.Structure):
@@ -38,152 +97,157 @@ class _Parameters(ctypes.Structure):
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
     x = inputs.x
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _GROUPS and x.shape[0] < 1 << 16):
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and x.shape[0] < 1 << 16):
         return False
-    read = [x, inputs.delta, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias]
-    dense = all(
-        t is None or (t.dtype in _KINDS and abs(t.stride(-2 % t.ndim)) < _FAR) for t in read
+    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
+    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
+    return (
+        all(t.dtype in _KINDS for t in large + small)
+        and all(t.stride(1) < _FAR for t in large)
+        and inputs.A.dtype == torch.float32
+        and _capable(x.device.index)
+        and _nvrtc.available()
     )
-    capable = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return dense and capable and inputs.A.dtype == torch.float32 and _nvrtc.available()
 
 
 def selective_scan(
-    inputs: ScanInputs, plan: LayerPlan, macros: Mapping[str, int] | None = None
+    inputs: ScanInputs, plan: LayerPlan, layout: Layout | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run a scan that is supported; the same contract as the reference, without gradients.
 
     Args:
         inputs: what the scan reads.
         plan: what a method asks of this layer.
-        macros: to run another variant than the chosen one.
+        layout: to run with another one than the chosen.
 
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    given = _Given(inputs, plan)
     with torch.cuda.device_of(inputs.x), torch.no_grad():
-        return given.run(macros or {})
+        return _Call(inputs, plan).run(layout)
 
 
-class _Given:
+class _Call:
     """The tensors of one call, as the kernel reads them."""
 
     def __init__(self, inputs: ScanInputs, plan: LayerPlan) -> None:
-        self.x, self.delta = _dense(inputs.x), _dense(inputs.delta)
+        self.x, self.delta, self.z = _dense(inputs.x), _dense(inputs.delta), _dense(inputs.z)
         self.B, self.C = _dense(inputs.B), _dense(inputs.C)
-        self.z = None if inputs.z is None else _dense(inputs.z)
-        self.A = inputs.A.contiguous()
-        self.skip = None if inputs.D is None else inputs.D.contiguous()
-        self.bias = None if inputs.delta_bias is None else inputs.delta_bias.contiguous()
+        self.skip, self.bias = _contiguous(inputs.D), _contiguous(inputs.delta_bias)
+        self.A, self.initial = _floats(inputs.A), _floats(inputs.initial_state)
+        self.floor, self.scale = _floats(plan.delta_floor), _floats(plan.delta_scale)
+        self.decay = _floats(plan.decay_scale)
         self.valid = inputs.valid
-        state = inputs.initial_state
-        self.initial = None if state is None else state.float().contiguous()
-        self.floor, self.scale = _plain(plan.delta_floor), _plain(plan.delta_scale)
-        self.decay = _plain(plan.decay_scale)
         self.softplus = inputs.delta_softplus
 
-    def run(self, changes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-        batch, _, channels = self.x.shape
-        y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        final = torch.empty(
-            batch, channels, self.A.shape[1], dtype=torch.float32, device=self.x.device
-        )
-        macros = self.macros() | changes
-        kernel = _kernel(self.x.device.index, *sorted(macros.items()))
-        width = macros["CONSUMERS"] * 32 // macros["GROUP"]
-        kernel.launch((-(-channels // width), batch, 1), self.parameters(y, final))
+    def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        x = self.x
+        batch, _, channels = x.shape
+        states = self.A.shape[1]
+        if layout is None:
+            layout = _layout(x.device.index, batch, channels, states)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        final = torch.empty(batch, channels, states, dtype=torch.float32, device=x.device)
+        kernel = _kernel(x.device.index, layout, states, self.kinds(), self.flags())
+        grid = (-(-channels // layout.channels), batch, 1)
+        kernel.launch(grid, self.parameters(y, final))
         return y, final
 
+    def kinds(self) -> tuple[int, ...]:
+        read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
+        return tuple(0 if t is None else _KINDS[t.dtype] for t in read)
+
+    def flags(self) -> tuple[bool, ...]:
+        large = (self.x, self.delta, self.z)
+        wide = self.x.shape[2] % 4 == 0 and all(t is None or _aligned(t, 4) for t in large)
+        return (
+            self.skip is not None,
+            self.z is not None,
+            self.bias is not None,
+            self.softplus,
+            self.floor is not None,
+            self.scale is not None,
+            self.decay is not None,
+            self.valid is not None,
+            self.initial is not None,
+            wide,
+            all(_aligned(t, 16 // t.element_size()) for t in (self.B, self.C)),
+            self.x.dtype == torch.float32,
+        )
+
     def parameters(self, y: Tensor, final: Tensor) -> _Parameters:
-        large = {"x": self.x, "delta": self.delta, "B": self.B, "C": self.C, "z": self.z}
-        strided = {**large, "valid": self.valid}
-        small = {
-            "skip": self.skip, "bias": self.bias, "A": self.A, "floor": self.floor,
-            "scale": self.scale, "decay": self.decay, "initial": self.initial,
-        }  # fmt: skip
-        values: dict[str, int] = {"y": y.data_ptr(), "final": final.data_ptr()}
-        for name, tensor in (strided | small).items():
-            values[name] = 0 if tensor is None else tensor.data_ptr()
-        for name, tensor in strided.items():
-            values[f"{name}_row"] = 0 if tensor is None else tensor.stride(0)
-            values[f"{name}_token"] = 0 if tensor is None else tensor.stride(1)
-        for name in ("floor", "scale", "decay"):
-            tensor = small[name]
-            values[f"{name}_row"] = 0 if tensor is None or tensor.ndim == 1 else tensor.shape[1]
-        return _Parameters(length=self.x.shape[1], channels=self.x.shape[2], **values)
+        strided = (self.x, self.delta, self.B, self.C, self.z, self.valid)
+        pointers = (
+            *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
+            self.initial, self.valid, y, final,
+        )  # fmt: skip
+        return _Parameters(
+            *(0 if t is None else t.data_ptr() for t in pointers),
+            *(0 if t is None else t.stride(0) for t in strided),
+            *(0 if t is None else t.stride(1) for t in strided),
+            self.x.shape[1],
+            self.x.shape[2],
+            *(0 if t is None or t.ndim == 1 else t.shape[1] for t in pointers[8:11]),
+        )
 
-    def macros(self) -> dict[str, int]:
-        """The variant for these tensors."""
-        states, group = self.A.shape[1], _GROUPS[self.A.shape[1]]
-        large = [t for t in (self.x, self.delta, self.z) if t is not None]
-        return {
-            "X_KIND": _KINDS[self.x.dtype],
-            "DELTA_KIND": _KINDS[self.delta.dtype],
-            "B_KIND": _KINDS[self.B.dtype],
-            "C_KIND": _KINDS[self.C.dtype],
-            "Z_KIND": 0 if self.z is None else _KINDS[self.z.dtype],
-            "SKIP_KIND": 0 if self.skip is None else _KINDS[self.skip.dtype],
-            "BIAS_KIND": 0 if self.bias is None else _KINDS[self.bias.dtype],
-            "STATES": states,
-            "GROUP": group,
-            "CONSUMERS": self.consumers(32 // group),
-            "HAS_SKIP": self.skip is not None,
-            "HAS_Z": self.z is not None,
-            "HAS_BIAS": self.bias is not None,
-            "SOFTPLUS": self.softplus,
-            "FLOOR": self.floor is not None,
-            "SCALE": self.scale is not None,
-            "DECAY": self.decay is not None,
-            "VALID": self.valid is not None,
-            "INITIAL": self.initial is not None,
-            "WIDE": self.x.shape[2] % 4 == 0 and all(_aligned(t, 4) for t in large),
-            "WIDE_BC": all(_aligned(t, 16 // t.element_size()) for t in (self.B, self.C)),
-            "EXACT": self.x.dtype == torch.float32,
-            "STAGES": 3,
-        }
 
-    def consumers(self, channels: int) -> int:
-        """As many consumer warps a block as let every multiprocessor have a block, at most 3."""
-        warps = self.x.shape[0] * -(-self.x.shape[2] // channels)
-        return min(3, -(-warps // _multiprocessors(self.x.device.index)))
+@functools.lru_cache(maxsize=256)
+def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
+    """As many channels a block as let every multiprocessor have a block."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    quads = batch * -(-channels // 4)
+    layouts = _NARROW if states == 8 else _SPREAD
+    return layouts[min(_WIDEST // 4, -(-quads // processors))]
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _capable(device: int) -> bool:
+    """Whether it has mbarriers and bfloat16, which came with compute capability 8.0."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
-def _kernel(device: int, *macros: tuple[str, int]) -> _nvrtc.Kernel:
+def _kernel(
+    device: int, layout: Layout, states: int, kinds: tuple[int, ...], flags: tuple[bool, ...]
+) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
-    values = dict(macros)
-    states, group, consumers = values["STATES"], values["GROUP"], values["CONSUMERS"]
-    channels, per_lane = consumers * 32 // group, states // group
-    parts = 8 >> values["STAGES"]
-    pad = {0: 4, 1: 8, 3: 0}[values["STAGES"]]
-    floats = 2 * channels * (_TILE + 4) + 2 * _TILE * per_lane // 4 * (4 * group + 4)
-    floats += parts * (_TILE * channels + pad)
-    shared = _PRODUCERS * floats * 4
-    free = 4 - consumers if consumers < 4 else 4
-    warps = consumers + (_PRODUCERS - 1) % free + 1 + 4 * ((_PRODUCERS - 1) // free)
-    values |= {"WARPS": warps, "SHARED": shared}
+    shared = layout.shared_bytes(states)
+    names = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
+    switches = (
+        "HAS_SKIP", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "FLOOR", "SCALE", "DECAY", "VALID", "INITIAL",
+        "WIDE", "WIDE_BC", "EXACT",
+    )  # fmt: skip
+    macros = {
+        **{f"{name}_KIND": kind for name, kind in zip(names, kinds, strict=True)},
+        **dict(zip(switches, flags, strict=True)),
+        **{name.upper(): value for name, value in asdict(layout).items()},
+        "STATES": states,
+        "WARPS": layout.warps,
+        "SHARED": shared,
+    }
     return _nvrtc.build(
-        _SOURCE, "selective_scan_forward", values, threads=32 * warps, shared=shared
+        _SOURCE, "selective_scan_forward", macros, threads=32 * layout.warps, shared=shared
     )
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def _dense(tensor: Tensor | None) -> Any:
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
-def _plain(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.float().contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _floats(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None else tensor.float().contiguous()
 
 
 def _aligned(tensor: Tensor, numbers: int) -> bool:
     """Whether each run of so many numbers that starts at a multiple of them can be read at once."""
-    strides = (tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1))
-    return tensor.data_ptr() % (numbers * tensor.element_size()) == 0 and not any(
-        stride % numbers for stride in strides
+    return not (
+        tensor.data_ptr() % (numbers * tensor.element_size())
+        or tensor.stride(1) % numbers
+        or (tensor.shape[0] > 1 and tensor.stride(0) % numbers)
     )

@@ -1,0 +1,221 @@
+"""The selective scan's forward in CUDA C++: on a GPU against float64, else its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from widefield.ops import _nvrtc
+from widefield.ops._delta import effective_delta
+from widefield.ops.selective_scan import native, reference
+from widefield.plan import LayerPlan, ScanInputs
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() and _nvrtc.available()),
+        reason="needs a GPU, cuda-bindings and NVRTC",
+    ),
+]
+LAYOUTS = sorted(
+    {*native._NARROW.values(), *native._SPREAD.values()}, key=lambda layout: str(layout)
+)
+
+
+def _moved(inputs: ScanInputs, device: str) -> ScanInputs:
+    """On a device, the large tensors as views of wider ones."""
+    changes = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        if value.ndim == 3 and field.name in ("x", "z", "B", "C"):
+            wide = torch.cat([value, value], dim=-1).to(device)
+            changes[field.name] = wide[..., : value.shape[-1]]
+        else:
+            changes[field.name] = value.to(device)
+    return inputs.replace(**changes)
+
+
+def _everything(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Padding, and a plan with all that a scan can be asked for."""
+    batch, length, channels = inputs.x.shape
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[0, : length // 3] = False
+    plan = LayerPlan(
+        delta_floor=torch.rand(channels) * 0.2,
+        delta_scale=torch.rand(batch, channels) + 0.5,
+        decay_scale=torch.rand(channels) + 0.5,
+    )
+    return inputs.replace(valid=valid), plan
+
+
+def _bare(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Nothing that can be left out."""
+    none = {"D": None, "z": None, "delta_bias": None, "initial_state": None}
+    return inputs.replace(**none, delta_softplus=False, delta=inputs.delta.abs()), LayerPlan()
+
+
+def _usual(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    return inputs, LayerPlan()
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def _check(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> None:
+    """At most twice as far from float64 as the reference in the same dtype, on the same device."""
+    assert native.supports(inputs)
+    truth = reference.selective_scan(*in_float64(inputs, plan))
+    same = reference.selective_scan(inputs, plan)
+    ours = native.selective_scan(inputs, plan, layout)
+    for name, value, near, exact in zip(("y", "state"), ours, same, truth, strict=True):
+        assert value.dtype == near.dtype and value.shape == near.shape
+        assert _error(value, exact) <= 2 * _error(near, exact) + 3e-7, name
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("length", [1, 31, 33, 200])
+    @pytest.mark.parametrize("channels", [40, 37])
+    @pytest.mark.parametrize("options", [_bare, _usual, _everything])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_is_as_exact_as_the_reference(self, length, channels, options, dtype) -> None:
+        inputs = scan_inputs(2, length, channels, dtype=dtype)
+        inputs, plan = options(inputs)
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+    @pytest.mark.parametrize("states", [8, 16, 32])
+    def test_every_layout_is_as_exact_as_the_reference(self, layout, states) -> None:
+        if states < layout.group:
+            pytest.skip("more lanes than states")
+        inputs, plan = _everything(scan_inputs(2, 150, 28, states))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"), layout)
+
+    @pytest.mark.parametrize("delta", DELTAS)
+    def test_no_step_is_too_small_or_too_large(self, delta) -> None:
+        inputs, plan = _usual(scan_inputs(1, 100, 24, delta=delta))
+        _check(_moved(inputs, "cuda"), plan)
+
+    def test_many_rows_of_many_channels_run_in_several_waves(self) -> None:
+        inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+    @pytest.mark.parametrize("above", [False, True])
+    def test_a_step_at_its_floor_is_frozen_as_torch_freezes_it(self, above: bool) -> None:
+        inputs = _moved(scan_inputs(1, 64, 32), "cuda")
+        rows = torch.arange(32, device="cuda")
+        floor = effective_delta(inputs)[0, rows, rows]
+        if above:
+            floor = torch.nextafter(floor, floor.new_tensor(9.0))
+        plan = LayerPlan(delta_floor=floor)
+        assert bool((effective_delta(inputs, plan)[0, rows, rows] == 0).all()) == above
+        _check(inputs, plan)
+
+    def test_nan_in_a_step_shows(self) -> None:
+        inputs = _moved(scan_inputs(1, 64, 32), "cuda")
+        inputs.delta[0, 10, 5] = torch.nan
+        y, state = native.selective_scan(inputs, LayerPlan())
+        assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
+        assert not y[0, :10].isnan().any() and not y[0, :, 6].isnan().any()
+
+    def test_padding_may_hold_anything(self) -> None:
+        inputs, plan = _everything(scan_inputs(1, 70, 32))
+        inputs = _moved(inputs, "cuda")
+        expected = native.selective_scan(inputs, plan.to("cuda"))
+        assert inputs.valid is not None
+        inputs.x[~inputs.valid] = torch.nan
+        inputs.delta[~inputs.valid] = torch.inf
+        found = native.selective_scan(inputs, plan.to("cuda"))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("length", [70_001, 1_048_577])
+    def test_is_right_past_65536_tokens(self, length: int) -> None:
+        from widefield.ops.selective_scan import cpu
+
+        inputs = scan_inputs(1, length, 8)
+        expected = cpu.selective_scan(inputs)
+        found = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
+        for value, truth in zip(found, expected, strict=True):
+            assert _error(value.cpu(), truth.double()) < 1e-5
+
+    def test_going_on_from_a_state_is_the_same_to_the_bit(self) -> None:
+        inputs = _moved(scan_inputs(1, 96, 32), "cuda")
+        y, state = native.selective_scan(inputs, LayerPlan())
+        parts = []
+        before = inputs.initial_state
+        for part in (slice(0, 64), slice(64, 96)):
+            cut = {name: getattr(inputs, name)[:, part] for name in ("x", "delta", "B", "C", "z")}
+            one, before = native.selective_scan(
+                inputs.replace(**cut, initial_state=before), LayerPlan()
+            )
+            parts.append(one)
+        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
+
+    def test_gradients_go_through_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from widefield.ops.selective_scan import cuda
+
+        calls = []
+        monkeypatch.setattr(native, "selective_scan", lambda *given: calls.append(given))
+        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        inputs.x.requires_grad_()
+        cuda.selective_scan(inputs)[0].sum().backward()
+        assert inputs.x.grad is not None and not calls
+        with torch.no_grad():
+            cuda.selective_scan(inputs)
+        assert len(calls) == 1
+
+    def test_compiled_kernels_are_kept(self, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        native._kernel.cache_clear()
+        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        first = native.selective_scan(inputs, LayerPlan())
+        (kept,) = _nvrtc.cache_folder().iterdir()
+        native._kernel.cache_clear()
+        monkeypatch.setattr(_nvrtc, "_compile", lambda *given: pytest.fail("compiled again"))
+        again = native.selective_scan(inputs, LayerPlan())
+        assert kept.suffix == ".cubin" and torch.equal(first[0], again[0])
+
+
+def test_a_cpu_tensor_is_not_supported() -> None:
+    assert not native.supports(scan_inputs(1, 10, 8))
+
+
+def test_the_struct_is_the_one_of_the_kernel() -> None:
+    source = native._SOURCE.read_text("utf-8")
+    found = re.search(r"struct Parameters \{(.*?)\n\};", source, re.DOTALL)
+    assert found is not None
+    code = re.sub(r"//.*", "", found[1])
+    names = re.findall(r"\*?(\w+)(?=[,;])", code)
+    assert names == [field[0] for field in native._Parameters._fields_]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_warp_has_one_role(layout: native.Layout) -> None:
+    consumers = (1 << layout.consumers) - 1
+    assert not consumers & layout.producers
+    assert not (consumers | layout.producers) & layout.finishers
+    assert layout.warps <= 32 and layout.channels % 4 == 0
+
+
+def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
+    assert not _nvrtc.available.__wrapped__()
