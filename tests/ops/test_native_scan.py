@@ -219,3 +219,9 @@ def test_a_warp_has_one_role(layout: native.Layout) -> None:
 def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
     assert not _nvrtc.available.__wrapped__()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
+    assert layout.slots % layout.producers.bit_count() == 0
+    assert layout.finishers.bit_count() <= layout.slots

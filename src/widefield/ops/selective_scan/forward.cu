@@ -280,6 +280,21 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     } while (!__all_sync(~0u, ready != 0));
 }
 
+// Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the one
+// before it: no warp may come to wait for a phase while the one before the last is still open.
+struct Ring {
+    u32 slot, parity;
+
+    __device__ __forceinline__ explicit Ring(u32 first) : slot(first), parity(0) {}
+    __device__ __forceinline__ void advance(u32 tiles) {
+        slot += tiles;
+        if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
+    }
+};
+// So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
+// tiles in order.
+static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
+
 // ---- producers ----------------------------------------------------------------------------------------
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
@@ -487,12 +502,13 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
     of.place(p, static_cast<i64>(producer) * TILE);
     u32 tiles = tiles_of(p);
     of.load(rows_of(p.length - static_cast<i64>(producer) * TILE));
+    Ring at_slot(producer);
 #pragma unroll 1
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
-        u32 slot = tile % SLOTS;
-        if (tile >= SLOTS) barrier_wait(free + slot, (tile / SLOTS + 1) & 1);
-        of.make(buffers + slot * BUFFER);
-        barrier_arrive(full + slot, at.lane);
+        if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
+        of.make(buffers + at_slot.slot * BUFFER);
+        barrier_arrive(full + at_slot.slot, at.lane);
+        at_slot.advance(PRODUCER_COUNT);
         of.load(rows_of(p.length - static_cast<i64>(tile + PRODUCER_COUNT) * TILE));
     }
 }
@@ -568,13 +584,14 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
     of.place(p, static_cast<i64>(finisher) * TILE);
     u32 tiles = tiles_of(p);
     of.load(rows_of(p.length - static_cast<i64>(finisher) * TILE));
+    Ring at_slot(finisher);
 #pragma unroll 1
     for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
-        u32 slot = tile % SLOTS;
         float y[QUADS][4];
-        barrier_wait(done + slot, tile / SLOTS & 1);
-        of.sum(y, buffers + slot * BUFFER);
-        barrier_arrive(free + slot, at.lane);
+        barrier_wait(done + at_slot.slot, at_slot.parity);
+        of.sum(y, buffers + at_slot.slot * BUFFER);
+        barrier_arrive(free + at_slot.slot, at.lane);
+        at_slot.advance(FINISHER_COUNT);
         of.store(y, rows_of(p.length - static_cast<i64>(tile) * TILE));
         of.load(rows_of(p.length - static_cast<i64>(tile + FINISHER_COUNT) * TILE));
     }
@@ -771,28 +788,33 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
     walk.begin(c, buffers);
     walk.turns<0, 6, true>(c, buffers, buffers);
     float* buffer = buffers;
+    u64* handed = done;
+    Ring ahead(0);
+    ahead.advance(1);
     u32 tile = 1;
     while (tile < tiles) {
-        barrier_wait(full + tile % SLOTS, tile / SLOTS & 1);
+        barrier_wait(full + ahead.slot, ahead.parity);
         bool on;
         do {
             // What keeps the compiler from mixing the instructions before and behind it, a branch
             // or a barrier, all stands at the end of the loop.
-            float* next = buffers + tile % SLOTS * BUFFER;
-            u32 handed = (tile - 1) % SLOTS;
+            float* next = buffers + ahead.slot * BUFFER;
+            u64* later = done + ahead.slot;
+            ahead.advance(1);
             tile++;
             walk.turns<6, 8, true>(c, buffer, next);
             walk.turns<0, 2, true>(c, next, buffer);
-            bool ready = barrier_test(full + tile % SLOTS, tile / SLOTS & 1);
+            bool ready = barrier_test(full + ahead.slot, ahead.parity);
             walk.turns<2, 6, true>(c, next, buffer);
             on = __all_sync(~0u, ready && tile < tiles);
-            barrier_arrive(done + handed, lane);
+            barrier_arrive(handed, lane);
+            handed = later;
             buffer = next;
         } while (on);
     }
     walk.turns<6, 8, true>(c, buffer, buffer);
     walk.turns<0, LAST_FLUSH + 1, false>(c, buffer, buffer);
-    barrier_arrive(done + (tiles - 1) % SLOTS, lane);
+    barrier_arrive(handed, lane);
     if (here) {
 #pragma unroll
         for (int s = 0; s < PER_LANE; s++) p.final[state + s] = c.h[s];

@@ -68,14 +68,14 @@ class Layout:
 # By the quads of channels of a block. Few channels are spread over more lanes: what counts there
 # is how long a token takes.
 _NARROW = {
-    1: Layout(group=8, consumers=1, producers=0x0E, finishers=0xE0),
-    2: Layout(group=8, consumers=2, producers=0x4C, finishers=0xB0),
-    3: Layout(group=8, consumers=3, producers=0x888, finishers=0x70),
+    1: Layout(group=8, consumers=1, producers=0x0C, finishers=0xE2),
+    2: Layout(group=8, consumers=2, producers=0x0C, finishers=0xF0),
+    3: Layout(group=8, consumers=3, producers=0x088, finishers=0x870),
 }
 _SPREAD = {
     **_NARROW,
-    1: Layout(group=16, consumers=2, producers=0x4C, finishers=0xB0),
-    2: Layout(group=16, consumers=4, producers=0x70, finishers=0x380),
+    1: Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0),
+    2: Layout(group=16, consumers=4, producers=0x030, finishers=0xCC0),
 }
 
 
