@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import emulated_cuda
 from tests.ops.cases import DELTAS, in_float64, scan_inputs
 from widefield.ops import _nvrtc
 from widefield.ops._delta import effective_delta
 from widefield.ops.selective_scan import native, reference
 from widefield.plan import LayerPlan, ScanInputs
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and _nvrtc.available()),
-        reason="needs a GPU, cuda-bindings and NVRTC",
-    ),
-]
-LAYOUTS = sorted(
-    {*native._NARROW.values(), *native._SPREAD.values()}, key=lambda layout: str(layout)
-)
+ON_GPU = torch.cuda.is_available() and _nvrtc.available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
+LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, or the emulator where there is none."""
+    if ON_GPU:
+        return
+    if emulated_cuda.compiler() is None:
+        pytest.skip("needs a GPU or a C++ compiler")
+    monkeypatch.setattr(_nvrtc, "build", partial(emulated_cuda.build, folder=compiled))
+    native._kernel.cache_clear()
+
+
+def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> Any:
+    if ON_GPU:
+        assert native.supports(inputs)
+        return native.selective_scan(inputs, plan, layout)
+    return native._Call(inputs, plan).run(layout or LAYOUTS[2])
 
 
 def _moved(inputs: ScanInputs, device: str) -> ScanInputs:
@@ -72,10 +93,9 @@ def _error(value: Tensor, truth: Tensor) -> float:
 
 def _check(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> None:
     """At most twice as far from float64 as the reference in the same dtype, on the same device."""
-    assert native.supports(inputs)
     truth = reference.selective_scan(*in_float64(inputs, plan))
     same = reference.selective_scan(inputs, plan)
-    ours = native.selective_scan(inputs, plan, layout)
+    ours = _scan(inputs, plan, layout)
     for name, value, near, exact in zip(("y", "state"), ours, same, truth, strict=True):
         assert value.dtype == near.dtype and value.shape == near.shape
         assert _error(value, exact) <= 2 * _error(near, exact) + 3e-7, name
@@ -89,63 +109,99 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-class TestOnGpu:
-    pytestmark = on_gpu
+Options = Callable[[ScanInputs], tuple[ScanInputs, LayerPlan]]
 
-    @pytest.mark.usefixtures("poisoned")
-    @pytest.mark.parametrize("length", [1, 31, 33, 200])
-    @pytest.mark.parametrize("channels", [40, 37])
-    @pytest.mark.parametrize("options", [_bare, _usual, _everything])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_is_as_exact_as_the_reference(self, length, channels, options, dtype) -> None:
-        inputs = scan_inputs(2, length, channels, dtype=dtype)
-        inputs, plan = options(inputs)
-        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+@pytest.mark.usefixtures("machine", "poisoned")
+class TestAnywhere:
+    """The kernel on a GPU, else its source in the emulator."""
+
+    @pytest.mark.parametrize("length", [1, 33, 200])
+    @pytest.mark.parametrize(
+        ("options", "dtype", "channels"),
+        [
+            (_bare, torch.float16, 37),
+            (_usual, torch.bfloat16, 40),
+            (_everything, torch.float32, 28),
+        ],
+    )
+    def test_is_as_exact_as_the_reference(
+        self, length: int, options: Options, dtype: torch.dtype, channels: int
+    ) -> None:
+        inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-    @pytest.mark.parametrize("states", [8, 16, 32])
-    def test_every_layout_is_as_exact_as_the_reference(self, layout, states) -> None:
-        if states < layout.group:
-            pytest.skip("more lanes than states")
-        inputs, plan = _everything(scan_inputs(2, 150, 28, states))
-        _check(_moved(inputs, "cuda"), plan.to("cuda"), layout)
+    def test_every_layout_is_as_exact_as_the_reference(self, layout: native.Layout) -> None:
+        inputs, plan = _everything(scan_inputs(2, 300, 28))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE), layout)
+
+    @pytest.mark.parametrize("states", [8, 32])
+    def test_other_numbers_of_states(self, states: int) -> None:
+        inputs, plan = _everything(scan_inputs(2, 70, 16, states))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
 
     @pytest.mark.parametrize("delta", DELTAS)
-    def test_no_step_is_too_small_or_too_large(self, delta) -> None:
-        inputs, plan = _usual(scan_inputs(1, 100, 24, delta=delta))
-        _check(_moved(inputs, "cuda"), plan)
+    def test_no_step_is_too_small_or_too_large(self, delta: str) -> None:
+        _check(_moved(scan_inputs(1, 100, 24, delta=delta), DEVICE), LayerPlan())
 
-    def test_many_rows_of_many_channels_run_in_several_waves(self) -> None:
-        inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
-        _check(_moved(inputs, "cuda"), plan.to("cuda"))
-
-    @pytest.mark.parametrize("above", [False, True])
-    def test_a_step_at_its_floor_is_frozen_as_torch_freezes_it(self, above: bool) -> None:
-        inputs = _moved(scan_inputs(1, 64, 32), "cuda")
-        rows = torch.arange(32, device="cuda")
-        floor = effective_delta(inputs)[0, rows, rows]
-        if above:
-            floor = torch.nextafter(floor, floor.new_tensor(9.0))
-        plan = LayerPlan(delta_floor=floor)
-        assert bool((effective_delta(inputs, plan)[0, rows, rows] == 0).all()) == above
+    @pytest.mark.parametrize("above", [-1e-6, 1e-6])
+    def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
+        inputs, plan = _everything(scan_inputs(1, 64, 32))
+        inputs = _moved(inputs.replace(valid=None), DEVICE)
+        every = torch.arange(32, device=DEVICE)
+        plan = dataclasses.replace(plan.to(DEVICE), delta_floor=None)
+        floor = effective_delta(inputs, plan)[0, every, every] * (1 + above)
+        plan = dataclasses.replace(plan, delta_floor=floor)
+        frozen = effective_delta(inputs, plan)[0, every, every] == 0
+        assert bool((frozen == (above > 0)).all())
         _check(inputs, plan)
 
     def test_nan_in_a_step_shows(self) -> None:
-        inputs = _moved(scan_inputs(1, 64, 32), "cuda")
+        inputs = _moved(scan_inputs(1, 64, 32), DEVICE)
         inputs.delta[0, 10, 5] = torch.nan
-        y, state = native.selective_scan(inputs, LayerPlan())
+        y, state = _scan(inputs, LayerPlan())
         assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
         assert not y[0, :10].isnan().any() and not y[0, :, 6].isnan().any()
 
     def test_padding_may_hold_anything(self) -> None:
         inputs, plan = _everything(scan_inputs(1, 70, 32))
-        inputs = _moved(inputs, "cuda")
-        expected = native.selective_scan(inputs, plan.to("cuda"))
+        inputs = _moved(inputs, DEVICE)
+        expected = _scan(inputs, plan.to(DEVICE))
         assert inputs.valid is not None
         inputs.x[~inputs.valid] = torch.nan
         inputs.delta[~inputs.valid] = torch.inf
-        found = native.selective_scan(inputs, plan.to("cuda"))
+        found = _scan(inputs, plan.to(DEVICE))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_going_on_from_a_state_is_the_same_to_the_bit(self) -> None:
+        inputs = _moved(scan_inputs(1, 96, 32), DEVICE)
+        y, state = _scan(inputs, LayerPlan())
+        parts = []
+        before = inputs.initial_state
+        for part in (slice(0, 64), slice(64, 96)):
+            cut = {name: getattr(inputs, name)[:, part] for name in ("x", "delta", "B", "C", "z")}
+            one, before = _scan(inputs.replace(**cut, initial_state=before), LayerPlan())
+            parts.append(one)
+        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("length", [31, 150])
+    @pytest.mark.parametrize("channels", [40, 37])
+    @pytest.mark.parametrize("options", [_bare, _usual, _everything])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_every_dtype_takes_all_options(
+        self, length: int, channels: int, options: Options, dtype: torch.dtype
+    ) -> None:
+        inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+    def test_many_rows_of_many_channels_run_in_several_waves(self) -> None:
+        inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
 
     @pytest.mark.parametrize("length", [70_001, 1_048_577])
     def test_is_right_past_65536_tokens(self, length: int) -> None:
@@ -156,19 +212,6 @@ class TestOnGpu:
         found = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
         for value, truth in zip(found, expected, strict=True):
             assert _error(value.cpu(), truth.double()) < 1e-5
-
-    def test_going_on_from_a_state_is_the_same_to_the_bit(self) -> None:
-        inputs = _moved(scan_inputs(1, 96, 32), "cuda")
-        y, state = native.selective_scan(inputs, LayerPlan())
-        parts = []
-        before = inputs.initial_state
-        for part in (slice(0, 64), slice(64, 96)):
-            cut = {name: getattr(inputs, name)[:, part] for name in ("x", "delta", "B", "C", "z")}
-            one, before = native.selective_scan(
-                inputs.replace(**cut, initial_state=before), LayerPlan()
-            )
-            parts.append(one)
-        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
 
     def test_gradients_go_through_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from widefield.ops.selective_scan import cuda
@@ -183,7 +226,9 @@ class TestOnGpu:
             cuda.selective_scan(inputs)
         assert len(calls) == 1
 
-    def test_compiled_kernels_are_kept(self, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_compiled_kernels_are_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         native._kernel.cache_clear()
         inputs = _moved(scan_inputs(1, 20, 16), "cuda")

@@ -1,1 +1,1 @@
-"""What pyright needs to know of cuda-bindings where it is not installed: nothing in particular."""
+# cuda-bindings is for GPUs only: any name of its modules is there, of any type.

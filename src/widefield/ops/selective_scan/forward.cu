@@ -1,25 +1,31 @@
 // The selective scan's forward, compiled at run time by _nvrtc.py for one set of the macros below.
 //
-// A block owns CHANNELS channels of one row and walks through all of its tokens in tiles of 32. Two
-// kinds of warps share the work, each kind on schedulers of its own:
+// A block owns CHANNELS channels of one row and walks through all of its tokens in tiles of 32.
+// Three kinds of warps share the work:
 //
-// - A consumer warp advances the states. GROUP lanes share a channel, each lane keeps STATES / GROUP
-//   states in registers; a step costs it one exp2 a state, and what else it does must fit into the
-//   eight cycles that the special-function unit takes for each.
-// - Four producer warps take the tiles in turn, each with a buffer of its own. A producer reads x, Δ,
-//   B and C, makes softplus, scale and floor, and leaves Δ, Δ·x, B and C as float32 in shared
-//   memory, in the order in which consumers read them; then it asks for its next tile, and when
-//   the consumers are done, it takes their sums over the states, adds the skip, gates and stores y.
+// - Consumers advance the states. GROUP lanes share a channel, each lane keeps STATES / GROUP
+//   states in registers. They do little else: one of them has a scheduler nearly to itself, so
+//   that whatever it does besides makes every token longer.
+// - Producers take the tiles in turn. They read x, Δ, B and C, make softplus, scale and floor, and
+//   leave Δ, Δ·x, B and C as float32 in shared memory, in the order in which consumers read
+//   them.
+// - Finishers take the tiles in turn, too. They add up what is left of the sums over the states,
+//   add the skip, gate and store y.
 //
-// Two mbarriers a buffer hand it over: `full` to the consumers, `done` back.
+// Three mbarriers a buffer hand it round: `full` to the consumers, `done` to a finisher, `free`
+// back to a producer.
 //
 // Kinds of numbers: 0 float, 1 bfloat16, 2 half.
 //   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND
-//   STATES 8 to 128, GROUP 8, 16 or 32 lanes a channel, CONSUMERS warps
+//   STATES    8, 16 or 32
+//   GROUP     8 or 16 lanes a channel
+//   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
+//   SLOTS     buffers
+//   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
 //   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
 //   WIDE      1: rows of x, Δ, z and y can be read four numbers at a time
 //   WIDE_BC   1: rows of B and C can be read 16 bytes at a time
-//   EXACT     1: every exp of the epilogue and of softplus to float32's last places
+//   EXACT     1: softplus and gate to float32's last places
 //   WARPS SHARED  as launched: warps of a block, bytes of its shared memory
 
 typedef unsigned int u32;
@@ -28,13 +34,12 @@ typedef unsigned char u8;
 typedef unsigned long long u64;
 typedef long long i64;
 
-constexpr int TILE = 32;      // tokens
-
 __device__ constexpr int count_bits(u32 set) { return set ? (set & 1) + count_bits(set >> 1) : 0; }
 constexpr int PRODUCER_COUNT = count_bits(PRODUCERS);
 constexpr int FINISHER_COUNT = count_bits(FINISHERS);
 
-constexpr int BLOCK = 8;      // tokens that consumers sum up together
+constexpr int TILE = 32;  // tokens
+constexpr int BLOCK = 8;  // tokens that consumers sum up together
 constexpr int PER_LANE = STATES / GROUP;
 constexpr int PER_WARP = 32 / GROUP;  // channels
 constexpr int CHANNELS = CONSUMERS * PER_WARP;
@@ -54,7 +59,8 @@ constexpr int C_AT = B_AT + BC_SIZE;
 constexpr int SUM_AT = C_AT + BC_SIZE;
 constexpr int BUFFER = SUM_AT + PARTS * PART_SIZE;
 
-static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0, "lanes do not fit");
+static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
+              "lanes do not fit");
 
 constexpr float LOG2E = 1.4426950216293335f;        // log2(e), rounded to float32
 constexpr float LOG2E_REST = 1.9259629911266175e-8f;  // what that rounding left
@@ -103,7 +109,7 @@ __device__ __forceinline__ float exp_of(float v) {
 __device__ __forceinline__ float softplus(float v) {
     float n = -fabsf(v);
     float u = exp_of(EXACT ? fmaxf(n, -100.0f) : n);
-    // log(1 + u) / u for u from 0 to 1: minimax polynomials with relative errors of 5e-9 and 2.2e-7.
+    // log(1 + u) / u for u from 0 to 1: minimax polynomials, relative errors 5e-9 and 2.2e-7.
     constexpr float exact[] = {1.0f,
                                -0.4999990165233612f,
                                0.3332996368408203f,
@@ -139,8 +145,6 @@ __device__ __noinline__ bool below_floor(float v, float scale, float floor) {
 __device__ __forceinline__ float silu(float z) {
     return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
 }
-
-// ---- numbers of three kinds -----------------------------------------------------------------------
 
 template <int KIND>
 constexpr int BYTES = KIND == 0 ? 4 : 2;
@@ -219,7 +223,8 @@ __device__ __forceinline__ void store_quad(void* to, const float (&v)[4], int co
                 *static_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
             else
                 *static_cast<uint2*>(to) =
-                    make_uint2(narrow<KIND == 1 ? 1 : 2>(v[0], v[1]), narrow<KIND == 1 ? 1 : 2>(v[2], v[3]));
+                    make_uint2(narrow<KIND == 1 ? 1 : 2>(v[0], v[1]),
+                               narrow<KIND == 1 ? 1 : 2>(v[2], v[3]));
         }
         return;
     }
@@ -232,8 +237,6 @@ __device__ __forceinline__ void store_quad(void* to, const float (&v)[4], int co
             static_cast<u16*>(to)[k] = narrow<KIND == 1 ? 1 : 2>(v[k], 0.0f);
     }
 }
-
-// ---- mbarriers --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
@@ -273,15 +276,16 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     u32 ready;
     do {
         asm volatile(
-            "{ .reg .pred p; mbarrier." WAIT ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            "{ .reg .pred p; mbarrier." WAIT
+            ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(ready)
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
     } while (!__all_sync(~0u, ready != 0));
 }
 
-// Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the one
-// before it: no warp may come to wait for a phase while the one before the last is still open.
+// Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the
+// one before it: no warp may come to wait for a phase while the one before it is still open.
 struct Ring {
     u32 slot, parity;
 
@@ -294,8 +298,6 @@ struct Ring {
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
 static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
-
-// ---- producers ----------------------------------------------------------------------------------------
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
 
@@ -328,7 +330,9 @@ struct Projection {
     Piece<KIND, COUNT> piece[PIECES];
     Stream<KIND, PIECES> from;
 
-    __device__ __forceinline__ static int token(int i, int lane) { return (lane + 32 * i) / PIECES; }
+    __device__ __forceinline__ static int token(int i, int lane) {
+        return (lane + 32 * i) / PIECES;
+    }
     __device__ __forceinline__ static int state(int i, int lane) {
         return (lane + 32 * i) % PIECES * COUNT;
     }
@@ -374,8 +378,7 @@ struct Pieces {
     int lane, first_channel, count;  // the block's channels: where they begin, how many exist
     i64 row;
 
-    __device__ __forceinline__ static int token(int i, int lane) { return (lane + 32 * i) / QUADS; }
-    __device__ __forceinline__ int token(int i) const { return token(i, lane); }
+    __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
     __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
     // How many of the piece's channels exist, if it lies in the first `rows` rows of the tile.
     __device__ __forceinline__ int present(int i, int rows) const {
@@ -383,8 +386,9 @@ struct Pieces {
     }
 
     template <int KIND>
-    __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base, i64 row_stride,
-                                        i64 token_stride, i64 first, int tokens) const {
+    __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base,
+                                        i64 row_stride, i64 token_stride, i64 first,
+                                        int tokens) const {
         stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
                      tokens);
 #pragma unroll
@@ -513,8 +517,6 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
     }
 }
 
-// ---- finishers ------------------------------------------------------------------------------------------
-
 struct Finisher {
     Pieces at;
     Stream<X_KIND, QUADS> x_from, y_to;
@@ -597,8 +599,6 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
     }
 }
 
-// ---- consumers ------------------------------------------------------------------------------------------
-
 // A consumer warp has its scheduler to itself, so nothing hides a wait but its own other work. All
 // that takes long is therefore begun a group of four tokens before it is needed: in the loop below,
 // one group is read from shared memory, the decays of the group before it are computed, the group
@@ -638,11 +638,10 @@ struct Exchange {
 
 struct Consumer {
     float A[PER_LANE], h[PER_LANE];
-    float decay[4 * PER_LANE];      // of the group to advance
-    float sum[4];  // of the last group
-    float eight;
+    float decay[4 * PER_LANE];  // of the group to advance
+    float sum[4];               // of the last group
     Exchange first[2], second[2], third;  // of the groups before it; ended a turn after they begin
-    int mine, channel;  // which lane of its group, which channel of the block
+    int mine, channel;                    // which lane of its group, which channel of the block
     bool bit0, bit1, bit2;
     int mask0, mask1, mask2;
 
@@ -653,19 +652,14 @@ struct Consumer {
             mine = (lane >> 1 & 1) | (lane >> 3) << 1;
             channel = (lane & 1) | (lane >> 2 & 1) << 1;
             mask0 = 2, mask1 = 8, mask2 = 16;
-        } else if (GROUP == 16) {
+        } else {
             mine = lane >> 1;
             channel = lane & 1;
             mask0 = 2, mask1 = 4, mask2 = 8;
-        } else {
-            mine = lane;
-            channel = 0;
-            mask0 = 1, mask1 = 2, mask2 = 4;
         }
         channel += warp * PER_WARP;
         bit0 = mine & 1, bit1 = mine & 2, bit2 = mine & 4;
         for (int k = 0; k < 4; k++) sum[k] = 0.0f;
-        eight = 0.0f;
     }
 
     __device__ __forceinline__ void decays(float* to, const float* delta) const {
@@ -694,39 +688,36 @@ struct Consumer {
     template <bool ADVANCE>
     __device__ __forceinline__ void turn(int g, const Group& of, const float* delta,
                                          float* flushed) {
-        float ahead[4 * PER_LANE], sums[4];
-        if (STAGES == 3 && g % 2 == 1) {
-            eight = third.end();
-            if (GROUP >= 16) eight += __shfl_xor_sync(~0u, eight, 16);
-            if (GROUP == 32) eight += __shfl_xor_sync(~0u, eight, 8);
-            flush(flushed, (g + 3) % GROUPS / 2);
-        }
         if (STAGES == 3) {
+            if (g % 2 == 1) flush_block(flushed, (g + 3) % GROUPS / 2);
             if (g % 2 == 0) third.begin(second[0].end(), second[1].end(), bit2, mask2);
             second[g % 2].begin(first[0].end(), first[1].end(), bit1, mask1);
+        } else {
+            flush_group(flushed, (g + GROUPS - 1 - STAGES) % GROUPS);
         }
-        if (STAGES == 1) flush(flushed, (g + GROUPS - 2) % GROUPS);
-        if (STAGES == 0) flush(flushed, (g + GROUPS - 1) % GROUPS);
         if (STAGES >= 1) {
             first[0].begin(sum[0], sum[1], bit0, mask0);
             first[1].begin(sum[2], sum[3], bit0, mask0);
         }
         if (!ADVANCE) return;
+        float ahead[4 * PER_LANE];
         decays(ahead, delta);
-        advance(of, sums);
+        advance(of, sum);
 #pragma unroll
         for (int i = 0; i < 4 * PER_LANE; i++) decay[i] = ahead[i];
-#pragma unroll
-        for (int k = 0; k < 4; k++) sum[k] = sums[k];
     }
 
-    __device__ __forceinline__ void flush(float* to, int block) const {
-        if (STAGES == 3) {
-            if (GROUP == 8 || mine < 8) to[(block * BLOCK + mine) * CHANNELS] = eight;
-            return;
-        }
+    // After three exchanges a lane has the whole sum of one of eight tokens, or half of it.
+    __device__ __forceinline__ void flush_block(float* to, int block) const {
+        float whole = third.end();
+        if (GROUP == 16) whole += __shfl_xor_sync(~0u, whole, 16);
+        if (mine < 8) to[(block * BLOCK + mine) * CHANNELS] = whole;
+    }
+
+    // Before that, it has a part of some of four tokens.
+    __device__ __forceinline__ void flush_group(float* to, int group) const {
         int part = mine >> STAGES, low = mine & ((1 << STAGES) - 1);
-        to += part * PART_SIZE + (block * 4 + low) * CHANNELS;
+        to += part * PART_SIZE + (group * 4 + low) * CHANNELS;
 #pragma unroll
         for (int i = 0; i < 4 >> STAGES; i++)
             to[(i << STAGES) * CHANNELS] = STAGES ? first[i % 2].end() : sum[i];
@@ -820,8 +811,6 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
         for (int s = 0; s < PER_LANE; s++) p.final[state + s] = c.h[s];
     }
 }
-
-// ---- the kernel -------------------------------------------------------------------------------------------
 
 static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
 

@@ -21,7 +21,6 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATES = (8, 16, 32)
 _TILE = 32  # tokens
 _FAR = 1 << 22  # elements from token to token: lanes count bytes within a tile in 32 bits
-_WIDEST = 12  # channels of a block
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,14 @@ class Layout:
         return self.slots * 4 * (inputs + projections + parts * part)
 
 
-# By the quads of channels of a block. Few channels are spread over more lanes: what counts there
-# is how long a token takes.
-_NARROW = {
+# By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
+_LAYOUTS = {
     1: Layout(group=8, consumers=1, producers=0x0C, finishers=0xE2),
     2: Layout(group=8, consumers=2, producers=0x0C, finishers=0xF0),
-    3: Layout(group=8, consumers=3, producers=0x088, finishers=0x870),
+    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
 }
-_SPREAD = {
-    **_NARROW,
-    1: Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0),
-    2: Layout(group=16, consumers=4, producers=0x030, finishers=0xCC0),
-}
+# The same four channels over more lanes: what counts there is how long a token takes.
+_SPREAD = Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0, stages=1)
 
 
 class _Parameters(ctypes.Structure):
@@ -196,8 +191,8 @@ def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     quads = batch * -(-channels // 4)
-    layouts = _NARROW if states == 8 else _SPREAD
-    return layouts[min(_WIDEST // 4, -(-quads // processors))]
+    quads = min(max(_LAYOUTS), -(-quads // processors))
+    return _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
 
 
 @functools.cache
