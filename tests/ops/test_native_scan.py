@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,3 +271,28 @@ def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch
 def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
     assert layout.slots % layout.producers.bit_count() == 0
     assert layout.finishers.bit_count() <= layout.slots
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "states", "shared", "expected"),
+    [
+        (1, 1536, 16, 232_448, LAYOUTS[2]),
+        (4, 5120, 16, 232_448, LAYOUTS[2]),
+        (1, 1024, 16, 232_448, LAYOUTS[1]),
+        (1, 512, 16, 232_448, LAYOUTS[3]),
+        (1, 512, 8, 232_448, LAYOUTS[0]),
+        (1, 1536, 32, 101_376, dataclasses.replace(LAYOUTS[2], slots=4)),
+    ],
+)
+def test_every_multiprocessor_gets_a_block(
+    batch: int,
+    channels: int,
+    states: int,
+    shared: int,
+    expected: native.Layout,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chip = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    layout = native._layout.__wrapped__(0, batch, channels, states)
+    assert layout == expected and layout.shared_bytes(states) <= shared

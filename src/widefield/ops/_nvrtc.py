@@ -26,17 +26,16 @@ __all__ = ["Kernel", "available", "build", "cache_folder"]
 
 
 @functools.cache
-def available() -> bool:
-    """Whether CUDA C++ can be compiled and run here, on a GPU."""
+def available(device: int = 0) -> bool:
+    """Whether CUDA C++ can be compiled and run here, on this GPU."""
     if importlib.util.find_spec("cuda") is None:
         return False
     if importlib.util.find_spec("cuda.bindings") is None or not torch.cuda.is_available():
         return False
     try:
-        _version()
+        return _architecture(device) in _architectures()
     except (ImportError, RuntimeError, WidefieldError):
         return False
-    return True
 
 
 def cache_folder() -> Path:
@@ -92,8 +91,8 @@ def build(
     """
     from cuda.bindings import driver
 
-    major, minor = torch.cuda.get_device_capability()
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options = [f"--gpu-architecture=sm_{_architecture(torch.cuda.current_device())}"]
+    options += ["--std=c++17"]
     options += [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     image = _image(source.read_text("utf-8"), source.name, options)
     (module,) = _check(driver.cuModuleLoadData(image))
@@ -147,6 +146,20 @@ def _compile(source: str, name: str, options: list[str]) -> bytes:
         return bytes(image)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _architecture(device: int) -> int:
+    """90 for compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _architectures() -> tuple[int, ...]:
+    """What this NVRTC compiles for; a GPU can be newer than it."""
+    from cuda.bindings import nvrtc
+
+    return tuple(*_check(nvrtc.nvrtcGetSupportedArchs()))
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def supports(inputs: ScanInputs) -> bool:
         and all(t.stride(1) < _FAR for t in large)
         and inputs.A.dtype == torch.float32
         and _capable(x.device.index)
-        and _nvrtc.available()
+        and _nvrtc.available(x.device.index)
     )
 
 
@@ -189,10 +189,13 @@ class _Call:
 @functools.lru_cache(maxsize=256)
 def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    chip = torch.cuda.get_device_properties(device)
     quads = batch * -(-channels // 4)
-    quads = min(max(_LAYOUTS), -(-quads // processors))
-    return _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
+    quads = min(max(_LAYOUTS), -(-quads // chip.multi_processor_count))
+    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
+    if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
+        layout = replace(layout, slots=4)
+    return layout
 
 
 @functools.cache
