@@ -24,7 +24,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Run the ops inside the block with one implementation, whatever the device.
 
     Args:
-        name: "reference" (plain torch), "cpu" (numba) or "cuda" (Triton).
+        name: "reference" (plain torch), "cpu" (numba) or "cuda" (CUDA C++ and
+            Triton).
     """
     if name not in BACKENDS:
         raise unknown("backend", name, BACKENDS)
