@@ -1,7 +1,7 @@
-"""The selective scan on a GPU: CUDA C++ where no gradient is wanted, else Triton.
+"""The selective scan on a GPU: in Triton; in CUDA C++ (native.py) where that is asked for.
 
-The forward in CUDA C++ (native.py, forward.cu) is many times faster. Triton's forward also runs
-where cuda-bindings or NVRTC is missing, and while torch.compile traces.
+The forward in CUDA C++ is many times faster, and is used inside `use_backend("nvrtc")` where no
+gradient is wanted.
 
 In Triton, one program runs a block of channels of one sequence from its first to its last token and
 keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from widefield.ops._backend import wants_cuda_cpp
 from widefield.ops.selective_scan import native
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -462,7 +463,8 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
         y in the dtype of x, and the final state in float32.
     """
     traced = torch.compiler.is_compiling()
-    if not traced and not _wants_gradients(inputs) and native.supports(inputs):
+    plain = not traced and not _wants_gradients(inputs)
+    if wants_cuda_cpp() and plain and native.supports(inputs):
         return native.selective_scan(inputs, plan or LayerPlan())
     return triton_scan(inputs, plan)
 
