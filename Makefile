@@ -4,10 +4,12 @@
 # PYTHON=python3.12         another interpreter (3.11 or newer)
 # CONSTRAINTS=my-pins.txt   other versions than those CI runs; CONSTRAINTS= for none
 # ARGS="--lengths 1k,4k"    handed to `widefield demo` or to pytest
+# JOBS=8                    processes that share the tests, one thread each
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,7 @@ docs: $(DEV)
 	$(BIN)/mkdocs build --strict --quiet
 
 pytest: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff check --fix

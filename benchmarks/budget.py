@@ -23,7 +23,7 @@ from widefield import ops
 from widefield.evaluation.header import Subject, make_header
 from widefield.evaluation.results import write_atomically
 from widefield.extension import observed
-from widefield.plan import ScanInputs
+from widefield.plan import ScanInputs, SSDInputs
 from widefield.tasks.texts import load_texts
 from widefield.tasks.tokens import encode
 
@@ -57,7 +57,7 @@ def collect(model: Any, ids: torch.Tensor) -> dict[int, np.ndarray]:
     """Δ of every layer, (tokens, channels)."""
     seen: dict[int, list[np.ndarray]] = {}
 
-    def note(layer: int, inputs: ScanInputs) -> None:
+    def note(layer: int, inputs: ScanInputs | SSDInputs) -> None:
         seen.setdefault(layer, []).append(ops.effective_delta(inputs).flatten(0, 1).numpy())
 
     with observed(model, note), torch.inference_mode():

@@ -1,6 +1,7 @@
 """Prefill on the CPU: stock transformers against the same model after `wf.extend(model)`.
 
     python -m benchmarks.cpu_prefill --out benchmarks/results/cpu_prefill.json
+    python -m benchmarks.cpu_prefill --model mamba2 --out benchmarks/results/cpu_prefill_mamba2.json
 
 Times: both in one process, in turn, after one warm-up each, which compiles our kernels or loads
 them. Peak memory: each in a process of its own, resident memory at the peak less that of the built
@@ -23,26 +24,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 import widefield as wf
 
-MODEL: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 8,
-    "state_size": 16,
     "expand": 2,
     "vocab_size": 384,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mamba": _COMMON | {"state_size": 16},
+    "mamba2": _COMMON | {"state_size": 128, "num_heads": 8, "head_dim": 64, "n_groups": 1},
 }
 KINDS = ("stock", "widefield")
 
 
-def build(seed: int) -> MambaForCausalLM:
+def build(name: str, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return MambaForCausalLM(MambaConfig(**MODEL)).eval()
+    if name == "mamba2":
+        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[name])).eval()
+    return MambaForCausalLM(MambaConfig(**SHAPES[name])).eval()
 
 
-def prefill(model: MambaForCausalLM, tokens: int, seed: int) -> torch.Tensor:
+def prefill(model: PreTrainedModel, tokens: int, seed: int) -> torch.Tensor:
     """Logits of the last token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 259, (1, tokens), generator=generator)
@@ -61,7 +73,7 @@ def busy_seconds() -> float | None:
     return (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(model: MambaForCausalLM, kind: str, tokens: int, seed: int) -> dict[str, float | None]:
+def timed(model: PreTrainedModel, kind: str, tokens: int, seed: int) -> dict[str, float | None]:
     """Seconds of one prefill, and the share of all cores that other programs used during it."""
     with wf.extended(model) if kind == "widefield" else nullcontext():
         before, own, start = busy_seconds(), time.process_time(), time.perf_counter()
@@ -74,9 +86,11 @@ def timed(model: MambaForCausalLM, kind: str, tokens: int, seed: int) -> dict[st
     return {"seconds": seconds, "others_share": others}
 
 
-def compare(tokens: int, kinds: tuple[str, ...], repeats: int, seed: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, tokens: int, kinds: tuple[str, ...], repeats: int, seed: int
+) -> list[dict[str, Any]]:
     """One row a kind: times taken in turn, and peak memory."""
-    model = build(seed)
+    model = build(name, seed)
     runs: dict[str, list[dict[str, float | None]]] = {kind: [] for kind in kinds}
     for kind in kinds:
         timed(model, kind, min(tokens, 256), seed)
@@ -91,7 +105,7 @@ def compare(tokens: int, kinds: tuple[str, ...], repeats: int, seed: int) -> lis
             "tokens": tokens,
             "median_seconds": round(statistics.median(seconds), 4),
             "microseconds_per_token": round(statistics.median(seconds) / tokens * 1e6, 2),
-            "peak_megabytes": peak_of(kind, tokens, seed),
+            "peak_megabytes": peak_of(name, kind, tokens, seed),
             "runs": [
                 {k: None if v is None else round(v, 4) for k, v in r.items()} for r in runs[kind]
             ],
@@ -105,9 +119,10 @@ def compare(tokens: int, kinds: tuple[str, ...], repeats: int, seed: int) -> lis
     return rows
 
 
-def peak_of(kind: str, tokens: int, seed: int) -> float:
+def peak_of(name: str, kind: str, tokens: int, seed: int) -> float:
     """Megabytes that a prefill adds to the memory of the built model, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.cpu_prefill", "--seed", str(seed)]
+    program = [sys.executable, "-m", "benchmarks.cpu_prefill"]
+    command = [*program, "--model", name, "--seed", str(seed)]
     done = subprocess.run(
         [*command, "--peak", kind, "--tokens", str(tokens)],
         check=True,
@@ -117,8 +132,8 @@ def peak_of(kind: str, tokens: int, seed: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def print_peak(kind: str, tokens: int, seed: int) -> None:
-    model = build(seed)
+def print_peak(name: str, kind: str, tokens: int, seed: int) -> None:
+    model = build(name, seed)
     with wf.extended(model) if kind == "widefield" else nullcontext():
         prefill(model, 16, seed)
         before = peak_kibibytes()
@@ -134,9 +149,9 @@ def peak_kibibytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
 
 
-def largest_difference(tokens: int, seed: int) -> float:
+def largest_difference(name: str, tokens: int, seed: int) -> float:
     """Largest error of our logits, relative to the largest stock logit."""
-    model = build(seed)
+    model = build(name, seed)
     stock = prefill(model, tokens, seed)
     with wf.extended(model):
         ours = prefill(model, tokens, seed)
@@ -152,7 +167,7 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def header(seed: int) -> dict[str, Any]:
+def header(name: str, seed: int) -> dict[str, Any]:
     packages = ("widefield", "torch", "transformers", "numba", "numpy")
     return {
         "command": "python -m benchmarks.cpu_prefill " + " ".join(sys.argv[1:]),
@@ -163,12 +178,13 @@ def header(seed: int) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "seed": seed,
-        "model": MODEL | {"class": "MambaForCausalLM", "dtype": "float32", "logits_to_keep": 1},
+        "model": SHAPES[name] | {"class": name, "dtype": "float32", "logits_to_keep": 1},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="mamba")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -178,13 +194,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak is not None:
-        print_peak(args.peak, args.tokens, args.seed)
+        print_peak(args.model, args.peak, args.tokens, args.seed)
         return
-    result: dict[str, Any] = header(args.seed) | {"rows": [], "ratios": []}
-    result["largest_relative_difference_at_2048"] = largest_difference(2048, args.seed)
+    result: dict[str, Any] = header(args.model, args.seed) | {"rows": [], "ratios": []}
+    result["largest_relative_difference_at_2048"] = largest_difference(args.model, 2048, args.seed)
     for tokens in args.lengths:
         kinds = KINDS if tokens <= args.stock_up_to else KINDS[1:]
-        rows = compare(tokens, kinds, args.repeats, args.seed)
+        rows = compare(args.model, tokens, kinds, args.repeats, args.seed)
         result["rows"] += rows
         if len(rows) == 2:
             stock, ours = rows

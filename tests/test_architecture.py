@@ -35,7 +35,7 @@ STRANGERS = ({"methods", "families"},)
 # The names that users type are for users: only the command line may import them from the top.
 FACADE_READERS = {"cli", "__main__"}
 
-KERNEL_LIBRARIES = {"triton", "numba", "llvmlite"}
+KERNEL_LIBRARIES = {"triton", "numba", "llvmlite", "cuda"}
 PLOT_LIBRARIES = {"matplotlib", "seaborn", "plotly"}
 LAZY_LIBRARIES = {"ray", "lm_eval", "accelerate", "datasets", "rouge_score", "jieba"}
 UNSAFE_LIBRARIES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
@@ -305,6 +305,7 @@ def test_the_rule_of_direction_sees(module: str, source: str, said: str | None) 
         ("methods/longmamba.py", "import numba", "outside ops"),
         ("methods/longmamba.py", "def f():\n    import triton.language as tl", "outside ops"),
         ("ops/selective_scan/cpu.py", "import numba", None),
+        ("evaluation/runner.py", "from cuda.bindings import driver", "outside ops"),
         ("cli/demo.py", "def f():\n    import matplotlib.pyplot", "outside a plots.py"),
         ("evaluation/plots.py", "import matplotlib", None),
         ("integrations/harness.py", "from lm_eval.api import model", "inside the function"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,10 +277,8 @@ class TestRefusals:
     def test_a_model_that_mixes_in_an_unknown_mixer_is_not_half_extended(
         self, model: MambaForCausalLM
     ) -> None:
-        class StrangeMixer(type(model.backbone.layers[0].mixer)):
-            pass
-
-        model.backbone.layers[1].mixer.__class__ = StrangeMixer
+        mixer: Any = model.backbone.layers[1].mixer
+        mixer.__class__ = type("StrangeMixer", (type(mixer),), {})
         kinds = [type(module) for module in model.modules()]
         with pytest.raises(WidefieldError, match="holds StrangeMixer layers, which are not"):
             extend(model)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ class TestTiles:
     def test_a_mixer_never_holds_more_than_a_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(_mixer.TILE, "cpu", 32)
         for method in METHODS:
-            model = extend(tiny_family("mamba"), *METHODS[method]("mamba"))
+            model: Any = extend(tiny_family("mamba"), *METHODS[method]("mamba"))
             projected: list[int] = []
             for layer in model.backbone.layers:
                 layer.mixer.in_proj.register_forward_hook(
@@ -334,7 +335,7 @@ class TestTiles:
 
     def test_gradients_see_whole_inputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ids = random_ids(1, 30)
-        model = extend(tiny_mamba())
+        model: Any = extend(tiny_mamba())
         model(ids, labels=ids).loss.backward()
         before = model.backbone.layers[0].mixer.A_log.grad.clone()
         model.zero_grad()
@@ -357,7 +358,7 @@ class TestMemory:
 
             wf.prefill(model, random_ids(1, length), chunk_size=50, cache=cache, progress=note)
             most.append(max(held))
-        assert most[0] == most[1] <= 2 * 21 + 2 * 50
+        assert most[0] == most[1] == 21 + 50
 
     def test_peak_memory_does_not_grow_with_the_prompt(self) -> None:
         script = """

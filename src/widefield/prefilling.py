@@ -102,19 +102,18 @@ def in_chunks(
     length = _tokens(arguments).shape[1]
     if length == 1 and context_length is None:
         return model(**arguments)  # behind a filled cache it is a decode step, as ever
-    cache = arguments.get(_cache_name(model))
+    cache: Any = arguments.get(_cache_name(model))
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore
         arguments[_cache_name(model)] = cache
     padding = read_padding(arguments.get("attention_mask"), length)
     new = _announced(model, cache, padding, _tokens(arguments).shape[0], context_length)
-    cache.widefield_prefill = ChunkedPrefill(new, padding)
+    cache.widefield_prefill = chunked = ChunkedPrefill(new, padding)
     outputs = None
     try:
         for start in range(0, length, chunk_size):
             part = slice(start, min(start + chunk_size, length))
-            cache.widefield_prefill.padding = _part(padding, part)
-            cache.widefield_prefill.last = part.stop == length
+            chunked.padding, chunked.last = _part(padding, part), part.stop == length
             outputs = model(**_chunk(model, arguments, part, length))
             if progress is not None:
                 progress(part.stop, length)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.ops.cases import scan_inputs
 from widefield import ops
-from widefield.plan import LayerPlan, ScanInputs
+from widefield.plan import LayerPlan
 
 GROUPS, WIDTH = 3, 20
 _CHANNELS = ("x", "z", "delta", "delta_bias", "D")
 
 
-def grouped(parts: list[ScanInputs]) -> ScanInputs:
+def grouped(parts: list[Any]) -> Any:
     wide = {n: torch.cat([getattr(p, n) for p in parts], dim=-1) for n in _CHANNELS}
     return parts[0].replace(
         **wide,
@@ -24,14 +26,14 @@ def grouped(parts: list[ScanInputs]) -> ScanInputs:
     )
 
 
-def parts_of() -> list[ScanInputs]:
+def parts_of() -> list[Any]:
     return [scan_inputs(2, 50, WIDTH, 8) for _ in range(GROUPS)]
 
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_grouped_scan_is_its_groups_scans(rows: bool) -> None:
     parts, shape = parts_of(), (2, GROUPS * WIDTH) if rows else (GROUPS * WIDTH,)
-    plan = LayerPlan(
+    plan: Any = LayerPlan(
         delta_floor=0.1 * torch.rand(shape),
         delta_scale=0.5 + torch.rand(shape),
         decay_scale=0.5 + torch.rand(shape),

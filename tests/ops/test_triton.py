@@ -101,7 +101,7 @@ def test_half_precision_scan_is_as_exact_as_the_reference(dtype: torch.dtype) ->
     half = {k: (t.to(dtype) if k in rounded else t).cuda() for k, t in tensors.items()}
     inputs = ScanInputs(**half, valid=valid.cuda() if valid is not None else None)  # type: ignore[arg-type]
     same, _ = reference.selective_scan(inputs, plan.to("cuda"))
-    ours, _ = cuda.selective_scan(inputs, plan.to("cuda"))
+    ours, _ = cuda.triton_scan(inputs, plan.to("cuda"))
     error = _error(same.double().cpu(), truth)
     assert _error(ours.double().cpu(), truth) <= 2 * error + 3e-7
 
@@ -111,15 +111,17 @@ def _inputs(tensors: dict[str, Tensor], valid: Tensor | None, dtype: torch.dtype
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow")
-def test_scan_is_right_past_65536_tokens() -> None:
+@pytest.mark.parametrize("kernel", ["triton", "whichever is chosen"])
+def test_scan_is_right_past_65536_tokens(kernel: str) -> None:
     from widefield.ops.selective_scan import cpu, cuda
 
+    scan = cuda.triton_scan if kernel == "triton" else cuda.selective_scan
     tensors, valid, plan = _case(1, 70_001, 40, 16, OPTIONS)
     inputs = _inputs(tensors, valid, torch.float32)
     y, state = cpu.selective_scan(inputs, plan)
     on_gpu = {k: t.cuda() for k, t in tensors.items()}
     assert valid is not None
-    ours, final = cuda.selective_scan(ScanInputs(**on_gpu, valid=valid.cuda()), plan.to("cuda"))  # type: ignore[arg-type]
+    ours, final = scan(ScanInputs(**on_gpu, valid=valid.cuda()), plan.to("cuda"))  # type: ignore[arg-type]
     assert _error(ours.cpu().double(), y.double()) < 1e-5
     assert _error(final.cpu().double(), state.double()) < 1e-5
 

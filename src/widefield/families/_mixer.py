@@ -225,6 +225,7 @@ class Mixer(nn.Module):
             self._offer(survivors, score, tile.inputs.valid, tokens)
         assert tile is not None
         if past is not None and past.more_to_come(turn.dropped):
+            survivors.thin()
             past.store_conv(tile.conv_state)
             return None
         rows, tokens = survivors.take()

@@ -67,7 +67,7 @@ class Survivors:
         """
         check_scores(score, valid)
         if sum(piece.score.shape[1] for piece in self._pieces) > 2 * self._candidates:
-            self._thin()
+            self.thin()
         batch, length = score.shape
         position = torch.arange(self._length, self._length + length, device=score.device)
         self._length += length
@@ -80,8 +80,11 @@ class Survivors:
         position = torch.gather(piece.position, 1, rows.index)
         return Rows(position, rows.valid), piece.gather(rows)
 
-    def _thin(self) -> None:
-        """Drop every token that cannot be kept any more."""
+    def thin(self) -> None:
+        """Drop every token that cannot be kept any more, and copy the others.
+
+        Until then the tensors given to `add` are looked into and cannot be freed.
+        """
         piece = self._merged()
         index = best(piece.score, self._pool.protect, piece.valid, self._candidates)
         valid = None if piece.valid is None else torch.gather(piece.valid, 1, index)

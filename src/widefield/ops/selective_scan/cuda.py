@@ -1,11 +1,12 @@
-"""The selective scan in Triton, forward and backward.
+"""The selective scan on a GPU: in Triton; in CUDA C++ (native.py) where that is asked for.
 
-One program runs a block of channels of one sequence from its first to its last token and keeps the
-float32 state
-in registers. The forward saves the state at every `_CHUNK` tokens when gradients are wanted; the
-backward walks
-the chunks from the last to the first, recomputes the states inside each, and never stores all of
-them.
+The forward in CUDA C++ is many times faster, and is used inside `use_backend("nvrtc")` where no
+gradient is wanted.
+
+In Triton, one program runs a block of channels of one sequence from its first to its last token and
+keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
+gradients are wanted; the backward walks the chunks from the last to the first, recomputes the
+states inside each, and never stores all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from widefield.ops._backend import wants_cuda_cpp
+from widefield.ops.selective_scan import native
 from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
@@ -459,7 +462,24 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     Returns:
         y in the dtype of x, and the final state in float32.
     """
+    traced = torch.compiler.is_compiling()
+    plain = not traced and not _wants_gradients(inputs)
+    if wants_cuda_cpp() and plain and native.supports(inputs):
+        return native.selective_scan(inputs, plan or LayerPlan())
+    return triton_scan(inputs, plan)
+
+
+def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
+    """The scan in Triton, differentiable; the same contract."""
     return _Scan.apply(
         inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
         inputs.delta_bias, inputs.initial_state, inputs.delta_softplus, inputs.valid, plan,
     )  # fmt: skip
+
+
+def _wants_gradients(inputs: ScanInputs) -> bool:
+    tensors = (
+        inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
+        inputs.delta_bias, inputs.initial_state,
+    )  # fmt: skip
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,839 @@
+// The selective scan's forward, compiled at run time by _nvrtc.py for one set of the macros below.
+//
+// A block owns CHANNELS channels of one row and walks through all of its tokens in tiles of 32.
+// Three kinds of warps share the work:
+//
+// - Consumers advance the states. GROUP lanes share a channel, each lane keeps STATES / GROUP
+//   states in registers. They do little else: one of them has a scheduler nearly to itself, so
+//   that whatever it does besides makes every token longer.
+// - Producers take the tiles in turn. They read x, Δ, B and C, make softplus, scale and floor, and
+//   leave Δ, Δ·x, B and C as float32 in shared memory, in the order in which consumers read
+//   them.
+// - Finishers take the tiles in turn, too. They add up what is left of the sums over the states,
+//   add the skip, gate and store y.
+//
+// Three mbarriers a buffer hand it round: `full` to the consumers, `done` to a finisher, `free`
+// back to a producer.
+//
+// Kinds of numbers: 0 float, 1 bfloat16, 2 half.
+//   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND
+//   STATES    8, 16 or 32
+//   GROUP     8 or 16 lanes a channel
+//   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
+//   SLOTS     buffers
+//   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
+//   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
+//   WIDE      1: rows of x, Δ, z and y can be read four numbers at a time
+//   WIDE_BC   1: rows of B and C can be read 16 bytes at a time
+//   EXACT     1: softplus and gate to float32's last places
+//   WARPS SHARED  as launched: warps of a block, bytes of its shared memory
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+typedef long long i64;
+
+__device__ constexpr int count_bits(u32 set) { return set ? (set & 1) + count_bits(set >> 1) : 0; }
+constexpr int PRODUCER_COUNT = count_bits(PRODUCERS);
+constexpr int FINISHER_COUNT = count_bits(FINISHERS);
+
+constexpr int TILE = 32;  // tokens
+constexpr int BLOCK = 8;  // tokens that consumers sum up together
+constexpr int PER_LANE = STATES / GROUP;
+constexpr int PER_WARP = 32 / GROUP;  // channels
+constexpr int CHANNELS = CONSUMERS * PER_WARP;
+constexpr int QUADS = CHANNELS / 4;  // pieces of four channels in a row of a tile
+constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
+
+// A buffer, in floats. The paddings spread what a warp writes at once over the banks.
+constexpr int DELTA_PITCH = TILE + 4;
+constexpr int BC_PITCH = GROUP * 4 + 4;
+constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
+constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
+constexpr int PARTS = STAGES == 3 ? 1 : GROUP >> STAGES;  // partial sums that finishers add up
+constexpr int PART_SIZE = TILE * CHANNELS + (STAGES == 3 ? 0 : STAGES == 0 ? 4 : 8);
+constexpr int WRITTEN_AT = DELTA_SIZE;
+constexpr int B_AT = 2 * DELTA_SIZE;
+constexpr int C_AT = B_AT + BC_SIZE;
+constexpr int SUM_AT = C_AT + BC_SIZE;
+constexpr int BUFFER = SUM_AT + PARTS * PART_SIZE;
+
+static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
+              "lanes do not fit");
+
+constexpr float LOG2E = 1.4426950216293335f;        // log2(e), rounded to float32
+constexpr float LOG2E_REST = 1.9259629911266175e-8f;  // what that rounding left
+constexpr float LN2 = 0.6931471805599453f;
+
+struct Parameters {
+    const void *x, *delta, *B, *C, *z, *skip, *bias;
+    const float *A, *floor, *scale, *decay, *initial;
+    const u8* valid;
+    void* y;
+    float* final;
+    i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
+    i64 x_token, delta_token, B_token, C_token, z_token, valid_token;
+    i64 length;
+    int channels, floor_row, scale_row, decay_row;
+};
+
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+__device__ __forceinline__ float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+// max that keeps NaN, so that a broken Δ shows.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
+__device__ __forceinline__ float exp_of(float v) {
+    float product = v * LOG2E;
+    if (!EXACT) return exp2_fast(product);
+    float rest = fmaf(v, LOG2E_REST, fmaf(v, LOG2E, -product));
+    float power = exp2_fast(product);
+    return fmaf(power, rest * LN2, power);
+}
+
+__device__ __forceinline__ float softplus(float v) {
+    float n = -fabsf(v);
+    float u = exp_of(EXACT ? fmaxf(n, -100.0f) : n);
+    // log(1 + u) / u for u from 0 to 1: minimax polynomials, relative errors 5e-9 and 2.2e-7.
+    constexpr float exact[] = {1.0f,
+                               -0.4999990165233612f,
+                               0.3332996368408203f,
+                               -0.24954134225845337f,
+                               0.1967594027519226f,
+                               -0.15305593609809875f,
+                               0.10603655129671097f,
+                               -0.056959524750709534f,
+                               0.019851455464959145f,
+                               -0.0032440228387713432f};
+    constexpr float quick[] = {1.0f,
+                               -0.4999817907810211f,
+                               0.3328406512737274f,
+                               -0.24536865949630737f,
+                               0.17847207188606262f,
+                               -0.10902288556098938f,
+                               0.04498662054538727f,
+                               -0.00877894926816225f};
+    float p = EXACT ? exact[9] : quick[7];
+#pragma unroll
+    for (int i = EXACT ? 8 : 6; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 8]);
+    return fmaf(p, u, max_or_nan(v, 0.0f));
+}
+
+// As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
+__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
+    float delta = v;
+    if (SOFTPLUS && v <= 20.0f) delta = log1pf(expf(v));
+    if (SCALE) delta *= scale;
+    return delta < floor;
+}
+
+__device__ __forceinline__ float silu(float z) {
+    return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
+}
+
+template <int KIND>
+constexpr int BYTES = KIND == 0 ? 4 : 2;
+
+template <int KIND>
+__device__ __forceinline__ float widen(u32 bits) {
+    if (KIND == 0) return __uint_as_float(bits);
+    if (KIND == 1) return __uint_as_float(bits << 16);
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(static_cast<u16>(bits)));
+    return r;
+}
+
+template <int KIND>
+__device__ __forceinline__ u32 narrow(float low, float high) {
+    u32 r;
+    if (KIND == 1)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+template <int KIND>
+__device__ __forceinline__ float number_at(const void* base, i64 index) {
+    if (KIND == 0) return static_cast<const float*>(base)[index];
+    return widen<KIND>(static_cast<const u16*>(base)[index]);
+}
+
+// COUNT numbers as they lie in memory.
+template <int KIND, int COUNT>
+struct Piece {
+    static constexpr int WORDS = COUNT * BYTES<KIND> / 4;
+    u32 word[WORDS];
+
+    __device__ __forceinline__ float at(int k) const {
+        if (KIND == 0) return __uint_as_float(word[k]);
+        if (KIND == 1 && k % 2) return __uint_as_float(word[k / 2] & 0xffff0000u);
+        return widen<KIND>(k % 2 ? word[k / 2] >> 16 : word[k / 2] & (KIND == 1 ? ~0u : 0xffffu));
+    }
+
+    // As many as `count` says, the others 0; `wide` promises that they are aligned and all there.
+    __device__ __forceinline__ void load(const void* from, int count, bool wide) {
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) word[w] = 0;
+        if (wide) {
+            if (count > 0) {
+                if (WORDS == 4)
+                    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(word[0]), "=r"(word[1 % WORDS]), "=r"(word[2 % WORDS]),
+                                   "=r"(word[3 % WORDS])
+                                 : "l"(from));
+                else
+                    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];"
+                                 : "=r"(word[0]), "=r"(word[1 % WORDS])
+                                 : "l"(from));
+            }
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            if (k >= count) continue;
+            if (KIND == 0)
+                word[k] = static_cast<const u32*>(from)[k];
+            else
+                word[k / 2] |= static_cast<u32>(static_cast<const u16*>(from)[k]) << k % 2 * 16;
+        }
+    }
+};
+
+template <int KIND>
+__device__ __forceinline__ void store_quad(void* to, const float (&v)[4], int count) {
+    if (WIDE) {
+        if (count > 0) {
+            if (KIND == 0)
+                *static_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+            else
+                *static_cast<uint2*>(to) =
+                    make_uint2(narrow<KIND == 1 ? 1 : 2>(v[0], v[1]),
+                               narrow<KIND == 1 ? 1 : 2>(v[2], v[3]));
+        }
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= count) continue;
+        if (KIND == 0)
+            static_cast<float*>(to)[k] = v[k];
+        else
+            static_cast<u16*>(to)[k] = narrow<KIND == 1 ? 1 : 2>(v[k], 0.0f);
+    }
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+// The whole warp arrives, as one.
+__device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
+    __syncwarp();
+    asm volatile(
+        "{ .reg .pred first; .reg .b64 state; setp.eq.u32 first, %1, 0;"
+        " @first mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)),
+        "r"(lane)
+        : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+#define WAIT "try_wait"  // sleeps for a while before it says no
+#else
+#define WAIT "test_wait"
+#endif
+
+__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
+    u32 ready;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(ready)
+        : "r"(shared_address(barrier)), "r"(parity));
+    return ready != 0;
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    u32 ready;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier." WAIT
+            ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(ready)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    } while (!__all_sync(~0u, ready != 0));
+}
+
+// Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the
+// one before it: no warp may come to wait for a phase while the one before it is still open.
+struct Ring {
+    u32 slot, parity;
+
+    __device__ __forceinline__ explicit Ring(u32 first) : slot(first), parity(0) {}
+    __device__ __forceinline__ void advance(u32 tiles) {
+        slot += tiles;
+        if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
+    }
+};
+// So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
+// tiles in order.
+static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
+
+constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
+
+__device__ __forceinline__ u32 tiles_of(const Parameters& p) {
+    return static_cast<u32>((p.length + TILE - 1) / TILE);
+}
+
+// Where a lane's pieces of a tensor lie: one address for the warp, small offsets for the lane.
+template <int KIND, int PIECES>
+struct Stream {
+    const char* tile;
+    i64 advance;
+    u32 offset[PIECES];
+
+    __device__ __forceinline__ void place(const void* base, i64 element, i64 token_stride,
+                                          int tokens) {
+        tile = static_cast<const char*>(base) + element * BYTES<KIND>;
+        advance = token_stride * tokens * BYTES<KIND>;
+    }
+    __device__ __forceinline__ void aim(int i, int token, i64 token_stride, int element) {
+        offset[i] = (token * static_cast<u32>(token_stride) + element) * BYTES<KIND>;
+    }
+};
+
+// One tile of B or C.
+template <int KIND>
+struct Projection {
+    static constexpr int COUNT = 16 / BYTES<KIND>;  // numbers in a piece
+    static constexpr int PIECES = STATES / COUNT;   // of a row, and of a lane: 32 rows, 32 lanes
+    Piece<KIND, COUNT> piece[PIECES];
+    Stream<KIND, PIECES> from;
+
+    __device__ __forceinline__ static int token(int i, int lane) {
+        return (lane + 32 * i) / PIECES;
+    }
+    __device__ __forceinline__ static int state(int i, int lane) {
+        return (lane + 32 * i) % PIECES * COUNT;
+    }
+
+    __device__ __forceinline__ void place(const void* base, i64 element, i64 stride, int lane) {
+        from.place(base, element, stride, STRIDE);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) from.aim(i, token(i, lane), stride, state(i, lane));
+    }
+
+    __device__ __forceinline__ void load(int rows, int lane) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            piece[i].load(from.tile + from.offset[i], token(i, lane) < rows ? COUNT : 0, WIDE_BC);
+        from.tile += from.advance;
+    }
+
+    __device__ __forceinline__ void spread(float* to, int lane) const {
+        constexpr int RUN = PER_LANE;  // states that lie side by side
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int t = token(i, lane);
+            float* row = to + t / STEPS * BC_PITCH + state(i, lane) / RUN * 4 + t % STEPS * RUN;
+#pragma unroll
+            for (int k = 0; k < COUNT; k += RUN) {
+                float* here = row + k / RUN * 4;
+                if (RUN == 4)
+                    *reinterpret_cast<float4*>(here) =
+                        make_float4(piece[i].at(k), piece[i].at((k + 1) % COUNT),
+                                    piece[i].at((k + 2) % COUNT), piece[i].at((k + 3) % COUNT));
+                else if (RUN == 2)
+                    *reinterpret_cast<float2*>(here) =
+                        make_float2(piece[i].at(k), piece[i].at((k + 1) % COUNT));
+                else
+                    *here = piece[i].at(k);
+            }
+        }
+    }
+};
+
+// The pieces of four channels that a lane has of a tile.
+struct Pieces {
+    int lane, first_channel, count;  // the block's channels: where they begin, how many exist
+    i64 row;
+
+    __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
+    __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
+    // How many of the piece's channels exist, if it lies in the first `rows` rows of the tile.
+    __device__ __forceinline__ int present(int i, int rows) const {
+        return token(i) < rows ? count - channel(i) : 0;
+    }
+
+    template <int KIND>
+    __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base,
+                                        i64 row_stride, i64 token_stride, i64 first,
+                                        int tokens) const {
+        stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
+                     tokens);
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) stream.aim(i, token(i), token_stride, channel(i));
+    }
+    template <typename Get>
+    __device__ __forceinline__ void constants(float (&to)[QUADS][4], float absent, Get get) const {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                to[i][k] = channel(i) + k < count ? get(first_channel + channel(i) + k) : absent;
+    }
+};
+
+// Which tokens of a lane's pieces are there and are no padding.
+struct Valid {
+    const u8* from;
+    i64 token_stride, advance;
+    bool open[QUADS];
+
+    __device__ __forceinline__ void place(const Parameters& p, const Pieces& at, i64 first,
+                                          int tokens) {
+        if (VALID) from = p.valid + at.row * p.valid_row + first * p.valid_token;
+        token_stride = VALID ? p.valid_token : 0;
+        advance = token_stride * tokens;
+    }
+    __device__ __forceinline__ void load(const Pieces& at, int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            open[i] = at.token(i) < rows && (!VALID || from[at.token(i) * token_stride]);
+        if (VALID) from += advance;
+    }
+};
+
+__device__ __forceinline__ int rows_of(i64 left) {
+    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
+}
+
+struct Producer {
+    Pieces at;
+    Stream<X_KIND, QUADS> x_from;
+    Stream<DELTA_KIND, QUADS> delta_from;
+    float bias[QUADS][4], scale[QUADS][4], floor[QUADS][4];
+    Piece<X_KIND, 4> x[QUADS];
+    Piece<DELTA_KIND, 4> delta[QUADS];
+    Valid valid;
+    Projection<B_KIND> B;
+    Projection<C_KIND> C;
+
+    __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+        at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
+        at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
+        valid.place(p, at, first, STRIDE);
+        B.place(p.B, at.row * p.B_row + first * p.B_token, p.B_token, at.lane);
+        C.place(p.C, at.row * p.C_row + first * p.C_token, p.C_token, at.lane);
+        at.constants(bias, 0.0f,
+                     [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
+        at.constants(scale, 1.0f,
+                     [&](int c) { return SCALE ? p.scale[at.row * p.scale_row + c] : 1.0f; });
+        at.constants(floor, 0.0f,
+                     [&](int c) { return FLOOR ? p.floor[at.row * p.floor_row + c] : 0.0f; });
+    }
+
+    // Ask for the next tile, of which `rows` rows exist.
+    __device__ __forceinline__ void load(int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            int here = at.present(i, rows);
+            delta[i].load(delta_from.tile + delta_from.offset[i], here, WIDE);
+            x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
+        }
+        valid.load(at, rows);
+        delta_from.tile += delta_from.advance;
+        x_from.tile += x_from.advance;
+        B.load(rows, at.lane);
+        C.load(rows, at.lane);
+    }
+
+    // Leave the tile in shared memory, as consumers read it.
+    __device__ __forceinline__ void make(float* buffer) const {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            float* out = buffer + at.channel(i) * DELTA_PITCH + at.token(i);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float step = step_of(i, k);
+                step = valid.open[i] ? step : 0.0f;
+                // A row that does not exist was read as zeros; padding can be anything.
+                float written = VALID && !valid.open[i] ? 0.0f : step * x[i].at(k);
+                out[k * DELTA_PITCH] = step;
+                out[k * DELTA_PITCH + WRITTEN_AT] = written;
+            }
+        }
+        B.spread(buffer + B_AT, at.lane);
+        C.spread(buffer + C_AT, at.lane);
+    }
+
+    __device__ __forceinline__ float step_of(int i, int k) const {
+        float v = delta[i].at(k) + bias[i][k];
+        float step = SOFTPLUS ? softplus(v) : v;
+        if (SCALE) step *= scale[i][k];
+        if (!FLOOR) return step;
+        bool frozen = step < floor[i][k];
+        if (fabsf(step - floor[i][k]) <= 1e-5f * fabsf(floor[i][k]))
+            frozen = below_floor(v, scale[i][k], floor[i][k]);
+        return frozen ? 0.0f : step;
+    }
+};
+
+__device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
+                                        float* buffers, u64* full, u64* free) {
+    Producer of;
+    of.at = at;
+    of.place(p, static_cast<i64>(producer) * TILE);
+    u32 tiles = tiles_of(p);
+    of.load(rows_of(p.length - static_cast<i64>(producer) * TILE));
+    Ring at_slot(producer);
+#pragma unroll 1
+    for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
+        if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
+        of.make(buffers + at_slot.slot * BUFFER);
+        barrier_arrive(full + at_slot.slot, at.lane);
+        at_slot.advance(PRODUCER_COUNT);
+        of.load(rows_of(p.length - static_cast<i64>(tile + PRODUCER_COUNT) * TILE));
+    }
+}
+
+struct Finisher {
+    Pieces at;
+    Stream<X_KIND, QUADS> x_from, y_to;
+    Stream<Z_KIND, QUADS> z_from;
+    float skip[QUADS][4];
+    Piece<X_KIND, 4> x[QUADS];
+    Piece<Z_KIND, 4> z[QUADS];
+    Valid valid;
+
+    __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+        constexpr int tokens = FINISHER_COUNT * TILE;
+        at.aim(y_to, p.y, p.length * p.channels, p.channels, first, tokens);
+        if (HAS_SKIP) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
+        if (HAS_Z) at.aim(z_from, p.z, p.z_row, p.z_token, first, tokens);
+        valid.place(p, at, first, tokens);
+        at.constants(skip, 0.0f,
+                     [&](int c) { return HAS_SKIP ? number_at<SKIP_KIND>(p.skip, c) : 0.0f; });
+    }
+
+    __device__ __forceinline__ void load(int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            int here = at.present(i, rows);
+            if (HAS_SKIP) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
+            if (HAS_Z) z[i].load(z_from.tile + z_from.offset[i], here, WIDE);
+        }
+        valid.load(at, rows);
+        if (HAS_SKIP) x_from.tile += x_from.advance;
+        if (HAS_Z) z_from.tile += z_from.advance;
+    }
+
+    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) const {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            const float* sums = buffer + SUM_AT + (at.lane + 32 * i) * 4;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                float4 v = *reinterpret_cast<const float4*>(sums + part * PART_SIZE);
+                y[i][0] = part ? y[i][0] + v.x : v.x;
+                y[i][1] = part ? y[i][1] + v.y : v.y;
+                y[i][2] = part ? y[i][2] + v.z : v.z;
+                y[i][3] = part ? y[i][3] + v.w : v.w;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(float (&y)[QUADS][4], int rows) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (HAS_SKIP) y[i][k] = fmaf(skip[i][k], x[i].at(k), y[i][k]);
+                if (HAS_Z) y[i][k] *= silu(z[i].at(k));
+                if (VALID && !valid.open[i]) y[i][k] = 0.0f;
+            }
+            store_quad<X_KIND>(const_cast<char*>(y_to.tile) + y_to.offset[i], y[i],
+                               at.present(i, rows));
+        }
+        y_to.tile += y_to.advance;
+    }
+};
+
+__device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, int finisher,
+                                       const float* buffers, u64* done, u64* free) {
+    Finisher of;
+    of.at = at;
+    of.place(p, static_cast<i64>(finisher) * TILE);
+    u32 tiles = tiles_of(p);
+    of.load(rows_of(p.length - static_cast<i64>(finisher) * TILE));
+    Ring at_slot(finisher);
+#pragma unroll 1
+    for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
+        float y[QUADS][4];
+        barrier_wait(done + at_slot.slot, at_slot.parity);
+        of.sum(y, buffers + at_slot.slot * BUFFER);
+        barrier_arrive(free + at_slot.slot, at.lane);
+        at_slot.advance(FINISHER_COUNT);
+        of.store(y, rows_of(p.length - static_cast<i64>(tile) * TILE));
+        of.load(rows_of(p.length - static_cast<i64>(tile + FINISHER_COUNT) * TILE));
+    }
+}
+
+// A consumer warp has its scheduler to itself, so nothing hides a wait but its own other work. All
+// that takes long is therefore begun a group of four tokens before it is needed: in the loop below,
+// one group is read from shared memory, the decays of the group before it are computed, the group
+// before that is advanced, and the sums of three earlier ones move through the exchanges.
+constexpr int GROUPS = TILE / 4;
+
+__device__ __forceinline__ void read4(float* to, const float* from) {
+    float4 v = *reinterpret_cast<const float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+
+// Four tokens of what a consumer lane reads, but for Δ.
+struct Group {
+    float written[4], B[4 * PER_LANE], C[4 * PER_LANE];
+
+    __device__ __forceinline__ void read(const float* channel, const float* states, int g) {
+        read4(written, channel + WRITTEN_AT + 4 * g);
+#pragma unroll
+        for (int v = 0; v < PER_LANE; v++) {
+            read4(B + 4 * v, states + B_AT + (4 * g / STEPS + v) * BC_PITCH);
+            read4(C + 4 * v, states + C_AT + (4 * g / STEPS + v) * BC_PITCH);
+        }
+    }
+};
+
+// Two lanes that differ in one bit hold sums of two tokens: each keeps one token, and gets the
+// other lane's part of it.
+struct Exchange {
+    float kept = 0.0f, received = 0.0f;
+
+    __device__ __forceinline__ void begin(float even, float odd, bool bit, int mask) {
+        kept = bit ? odd : even;
+        received = __shfl_xor_sync(~0u, bit ? even : odd, mask);
+    }
+    __device__ __forceinline__ float end() const { return kept + received; }
+};
+
+struct Consumer {
+    float A[PER_LANE], h[PER_LANE];
+    float decay[4 * PER_LANE];  // of the group to advance
+    float sum[4];               // of the last group
+    Exchange first[2], second[2], third;  // of the groups before it; ended a turn after they begin
+    int mine, channel;                    // which lane of its group, which channel of the block
+    bool bit0, bit1, bit2;
+    int mask0, mask1, mask2;
+
+    __device__ __forceinline__ void place(int lane, int warp) {
+        // Lanes 0 and 1 share states, lanes 0 and 2 a channel: shared memory answers both kinds of
+        // reads for sixteen lanes at once.
+        if (GROUP == 8) {
+            mine = (lane >> 1 & 1) | (lane >> 3) << 1;
+            channel = (lane & 1) | (lane >> 2 & 1) << 1;
+            mask0 = 2, mask1 = 8, mask2 = 16;
+        } else {
+            mine = lane >> 1;
+            channel = lane & 1;
+            mask0 = 2, mask1 = 4, mask2 = 8;
+        }
+        channel += warp * PER_WARP;
+        bit0 = mine & 1, bit1 = mine & 2, bit2 = mine & 4;
+        for (int k = 0; k < 4; k++) sum[k] = 0.0f;
+    }
+
+    __device__ __forceinline__ void decays(float* to, const float* delta) const {
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int s = 0; s < PER_LANE; s++) to[k * PER_LANE + s] = exp2_fast(delta[k] * A[s]);
+    }
+
+    __device__ __forceinline__ void advance(const Group& of, float* sums) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float total = 0.0f;
+#pragma unroll
+            for (int s = 0; s < PER_LANE; s++) {
+                int i = k * PER_LANE + s;
+                h[s] = fmaf(decay[i], h[s], of.written[k] * of.B[i]);
+                total = s ? fmaf(of.C[i], h[s], total) : of.C[i] * h[s];
+            }
+            sums[k] = total;
+        }
+    }
+
+    // One turn: `of` is advanced unless all tokens are, `delta` belongs to the group behind it, and
+    // the sums of the block of tokens that left the exchanges last go to `flushed`.
+    template <bool ADVANCE>
+    __device__ __forceinline__ void turn(int g, const Group& of, const float* delta,
+                                         float* flushed) {
+        if (STAGES == 3) {
+            if (g % 2 == 1) flush_block(flushed, (g + 3) % GROUPS / 2);
+            if (g % 2 == 0) third.begin(second[0].end(), second[1].end(), bit2, mask2);
+            second[g % 2].begin(first[0].end(), first[1].end(), bit1, mask1);
+        } else {
+            flush_group(flushed, (g + GROUPS - 1 - STAGES) % GROUPS);
+        }
+        if (STAGES >= 1) {
+            first[0].begin(sum[0], sum[1], bit0, mask0);
+            first[1].begin(sum[2], sum[3], bit0, mask0);
+        }
+        if (!ADVANCE) return;
+        float ahead[4 * PER_LANE];
+        decays(ahead, delta);
+        advance(of, sum);
+#pragma unroll
+        for (int i = 0; i < 4 * PER_LANE; i++) decay[i] = ahead[i];
+    }
+
+    // After three exchanges a lane has the whole sum of one of eight tokens, or half of it.
+    __device__ __forceinline__ void flush_block(float* to, int block) const {
+        float whole = third.end();
+        if (GROUP == 16) whole += __shfl_xor_sync(~0u, whole, 16);
+        if (mine < 8) to[(block * BLOCK + mine) * CHANNELS] = whole;
+    }
+
+    // Before that, it has a part of some of four tokens.
+    __device__ __forceinline__ void flush_group(float* to, int group) const {
+        int part = mine >> STAGES, low = mine & ((1 << STAGES) - 1);
+        to += part * PART_SIZE + (group * 4 + low) * CHANNELS;
+#pragma unroll
+        for (int i = 0; i < 4 >> STAGES; i++)
+            to[(i << STAGES) * CHANNELS] = STAGES ? first[i % 2].end() : sum[i];
+    }
+};
+
+// The turn of the next tile in which the last sums of a tile are flushed.
+constexpr int LAST_FLUSH = STAGES == 3 ? 3 : STAGES;
+
+// What a consumer has read ahead, and where in a buffer its own numbers lie.
+struct Walk {
+    int channel_at, states_at, sums_at;
+    Group of[2];
+    float delta[2][4];
+
+    __device__ __forceinline__ void begin(Consumer& c, const float* buffer) {
+        of[0].read(buffer + channel_at, buffer + states_at, 0);
+        read4(delta[0], buffer + channel_at);
+        read4(delta[1], buffer + channel_at + 4);
+        c.decays(c.decay, delta[0]);
+    }
+
+    // Groups FROM to TO of a tile in `buffer`. `other` is the tile behind it, where TO is 8, and
+    // else the one before it, whose last sums are flushed.
+    template <int FROM, int TO, bool ADVANCE>
+    __device__ __forceinline__ void turns(Consumer& c, float* buffer, float* other) {
+#pragma unroll
+        for (int g = FROM; g < TO; g++) {
+            if (ADVANCE) {
+                float* from = g < GROUPS - 1 ? buffer : other;
+                of[(g + 1) % 2].read(from + channel_at, from + states_at, (g + 1) % GROUPS);
+                from = g < GROUPS - 2 ? buffer : other;
+                read4(delta[g % 2], from + channel_at + (g + 2) % GROUPS * 4);
+            }
+            c.turn<ADVANCE>(g, of[g % 2], delta[(g + 1) % 2],
+                            (g <= LAST_FLUSH ? other : buffer) + sums_at);
+        }
+    }
+};
+
+__device__ __forceinline__ void consume(const Parameters& p, int warp, int lane, i64 row,
+                                        int first_channel, float* buffers, u64* full, u64* done) {
+    Consumer c;
+    c.place(lane, warp);
+    int d = first_channel + c.channel;
+    bool here = d < p.channels;
+    i64 state = (row * p.channels + d) * STATES + c.mine * PER_LANE;
+    float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
+#pragma unroll
+    for (int s = 0; s < PER_LANE; s++) {
+        float A = here ? p.A[static_cast<i64>(d) * STATES + c.mine * PER_LANE + s] : 0.0f;
+        // A = -inf forgets at once, but a frozen or padded token must not make it NaN.
+        c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
+        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
+    }
+    u32 tiles = tiles_of(p);
+    Walk walk{c.channel * DELTA_PITCH, c.mine * 4, SUM_AT + c.channel};
+    barrier_wait(full, 0);
+    walk.begin(c, buffers);
+    walk.turns<0, 6, true>(c, buffers, buffers);
+    float* buffer = buffers;
+    u64* handed = done;
+    Ring ahead(0);
+    ahead.advance(1);
+    u32 tile = 1;
+    while (tile < tiles) {
+        barrier_wait(full + ahead.slot, ahead.parity);
+        bool on;
+        do {
+            // What keeps the compiler from mixing the instructions before and behind it, a branch
+            // or a barrier, all stands at the end of the loop.
+            float* next = buffers + ahead.slot * BUFFER;
+            u64* later = done + ahead.slot;
+            ahead.advance(1);
+            tile++;
+            walk.turns<6, 8, true>(c, buffer, next);
+            walk.turns<0, 2, true>(c, next, buffer);
+            bool ready = barrier_test(full + ahead.slot, ahead.parity);
+            walk.turns<2, 6, true>(c, next, buffer);
+            on = __all_sync(~0u, ready && tile < tiles);
+            barrier_arrive(handed, lane);
+            handed = later;
+            buffer = next;
+        } while (on);
+    }
+    walk.turns<6, 8, true>(c, buffer, buffer);
+    walk.turns<0, LAST_FLUSH + 1, false>(c, buffer, buffer);
+    barrier_arrive(handed, lane);
+    if (here) {
+#pragma unroll
+        for (int s = 0; s < PER_LANE; s++) p.final[state + s] = c.h[s];
+    }
+}
+
+static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+    selective_scan_forward(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(16) float buffers[];
+    __shared__ u64 full[SLOTS], done[SLOTS], free[SLOTS];
+    // From lane 0, so that the compiler knows it to be the same in the whole warp.
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    i64 row = blockIdx.y;
+    int first_channel = blockIdx.x * CHANNELS;
+    if (threadIdx.x < SLOTS) {
+        barrier_init(full + threadIdx.x, 1);
+        barrier_init(done + threadIdx.x, CONSUMERS);
+        barrier_init(free + threadIdx.x, 1);
+    }
+    __syncthreads();
+    if (warp < CONSUMERS) {
+        consume(p, warp, lane, row, first_channel, buffers, full, done);
+        return;
+    }
+    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row};
+    u32 me = 1u << warp;
+    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
+    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);
+}

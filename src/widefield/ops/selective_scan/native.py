@@ -1,0 +1,251 @@
+"""The forward of the selective scan in CUDA C++: which variant runs, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.ops import _nvrtc
+from widefield.plan import LayerPlan, ScanInputs
+
+__all__ = ["Layout", "selective_scan", "supports"]
+
+_SOURCE = Path(__file__).with_name("forward.cu")
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATES = (8, 16, 32)
+_TILE = 32  # tokens
+_FAR = 1 << 22  # elements from token to token: lanes count bytes within a tile in 32 bits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the warps of a block share its channels.
+
+    A warp's scheduler is its number mod 4. Consumers have one to themselves, or nearly so.
+
+    Attributes:
+        group: lanes that share a channel.
+        consumers: warps 0 to consumers - 1; each has 32 / group channels.
+        producers: which warps are producers, as bits.
+        finishers: which warps are finishers, as bits.
+        slots: tiles that are in shared memory at once.
+        stages: how often lanes exchange sums before finishers add up the rest; 0, 1 or 3.
+    """
+
+    group: int
+    consumers: int
+    producers: int
+    finishers: int
+    slots: int = 4
+    stages: int = 0
+
+    @property
+    def warps(self) -> int:
+        """Of a block; some may have nothing to do."""
+        return (self.producers | self.finishers).bit_length()
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.consumers * 32 // self.group
+
+    def shared_bytes(self, states: int) -> int:
+        """The size of the buffers, as the kernel computes it."""
+        inputs = 2 * self.channels * (_TILE + 4)
+        projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
+        parts = 1 if self.stages == 3 else self.group >> self.stages
+        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+        return self.slots * 4 * (inputs + projections + parts * part)
+
+
+# By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
+_LAYOUTS = {
+    1: Layout(group=8, consumers=1, producers=0x0C, finishers=0xE2),
+    2: Layout(group=8, consumers=2, producers=0x0C, finishers=0xF0),
+    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
+}
+# The same four channels over more lanes: what counts there is how long a token takes.
+_SPREAD = Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0, stages=1)
+
+
+class _Parameters(ctypes.Structure):
+    """The kernel's struct of the same name."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "x", "delta", "B", "C", "z", "skip", "bias",
+            "A", "floor", "scale", "decay", "initial", "valid", "y", "final",
+        )),
+        *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
+        *((f"{name}_token", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
+        ("length", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("channels", "floor_row", "scale_row", "decay_row")),
+    )  # fmt: skip
+
+
+def supports(inputs: ScanInputs) -> bool:
+    """Whether this forward can run the scan; gradients are not its business."""
+    x = inputs.x
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and x.shape[0] < 1 << 16):
+        return False
+    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
+    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
+    return (
+        all(t.dtype in _KINDS for t in large + small)
+        and all(t.stride(1) < _FAR for t in large)
+        and inputs.A.dtype == torch.float32
+        and _capable(x.device.index)
+        and _nvrtc.available(x.device.index)
+    )
+
+
+def selective_scan(
+    inputs: ScanInputs, plan: LayerPlan, layout: Layout | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a scan that is supported; the same contract as the reference, without gradients.
+
+    Args:
+        inputs: what the scan reads.
+        plan: what a method asks of this layer.
+        layout: to run with another one than the chosen.
+
+    Returns:
+        y in the dtype of x, and the final state in float32.
+    """
+    with torch.cuda.device_of(inputs.x), torch.no_grad():
+        return _Call(inputs, plan).run(layout)
+
+
+class _Call:
+    """The tensors of one call, as the kernel reads them."""
+
+    def __init__(self, inputs: ScanInputs, plan: LayerPlan) -> None:
+        self.x, self.delta, self.z = _dense(inputs.x), _dense(inputs.delta), _dense(inputs.z)
+        self.B, self.C = _dense(inputs.B), _dense(inputs.C)
+        self.skip, self.bias = _contiguous(inputs.D), _contiguous(inputs.delta_bias)
+        self.A, self.initial = _floats(inputs.A), _floats(inputs.initial_state)
+        self.floor, self.scale = _floats(plan.delta_floor), _floats(plan.delta_scale)
+        self.decay = _floats(plan.decay_scale)
+        self.valid = inputs.valid
+        self.softplus = inputs.delta_softplus
+
+    def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        x = self.x
+        batch, _, channels = x.shape
+        states = self.A.shape[1]
+        if layout is None:
+            layout = _layout(x.device.index, batch, channels, states)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        final = torch.empty(batch, channels, states, dtype=torch.float32, device=x.device)
+        kernel = _kernel(x.device.index, layout, states, self.kinds(), self.flags())
+        grid = (-(-channels // layout.channels), batch, 1)
+        kernel.launch(grid, self.parameters(y, final))
+        return y, final
+
+    def kinds(self) -> tuple[int, ...]:
+        read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
+        return tuple(0 if t is None else _KINDS[t.dtype] for t in read)
+
+    def flags(self) -> tuple[bool, ...]:
+        large = (self.x, self.delta, self.z)
+        wide = self.x.shape[2] % 4 == 0 and all(t is None or _aligned(t, 4) for t in large)
+        return (
+            self.skip is not None,
+            self.z is not None,
+            self.bias is not None,
+            self.softplus,
+            self.floor is not None,
+            self.scale is not None,
+            self.decay is not None,
+            self.valid is not None,
+            self.initial is not None,
+            wide,
+            all(_aligned(t, 16 // t.element_size()) for t in (self.B, self.C)),
+            self.x.dtype == torch.float32,
+        )
+
+    def parameters(self, y: Tensor, final: Tensor) -> _Parameters:
+        strided = (self.x, self.delta, self.B, self.C, self.z, self.valid)
+        pointers = (
+            *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
+            self.initial, self.valid, y, final,
+        )  # fmt: skip
+        return _Parameters(
+            *(0 if t is None else t.data_ptr() for t in pointers),
+            *(0 if t is None else t.stride(0) for t in strided),
+            *(0 if t is None else t.stride(1) for t in strided),
+            self.x.shape[1],
+            self.x.shape[2],
+            *(0 if t is None or t.ndim == 1 else t.shape[1] for t in pointers[8:11]),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
+    """As many channels a block as let every multiprocessor have a block."""
+    chip = torch.cuda.get_device_properties(device)
+    quads = batch * -(-channels // 4)
+    quads = min(max(_LAYOUTS), -(-quads // chip.multi_processor_count))
+    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
+    if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
+        layout = replace(layout, slots=4)
+    return layout
+
+
+@functools.cache
+def _capable(device: int) -> bool:
+    """Whether it has mbarriers and bfloat16, which came with compute capability 8.0."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _kernel(
+    device: int, layout: Layout, states: int, kinds: tuple[int, ...], flags: tuple[bool, ...]
+) -> _nvrtc.Kernel:
+    """One variant, compiled and loaded on the current device."""
+    shared = layout.shared_bytes(states)
+    names = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
+    switches = (
+        "HAS_SKIP", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "FLOOR", "SCALE", "DECAY", "VALID", "INITIAL",
+        "WIDE", "WIDE_BC", "EXACT",
+    )  # fmt: skip
+    macros = {
+        **{f"{name}_KIND": kind for name, kind in zip(names, kinds, strict=True)},
+        **dict(zip(switches, flags, strict=True)),
+        **{name.upper(): value for name, value in asdict(layout).items()},
+        "STATES": states,
+        "WARPS": layout.warps,
+        "SHARED": shared,
+    }
+    return _nvrtc.build(
+        _SOURCE, "selective_scan_forward", macros, threads=32 * layout.warps, shared=shared
+    )
+
+
+def _dense(tensor: Tensor | None) -> Any:
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _floats(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None else tensor.float().contiguous()
+
+
+def _aligned(tensor: Tensor, numbers: int) -> bool:
+    """Whether each run of so many numbers that starts at a multiple of them can be read at once."""
+    return not (
+        tensor.data_ptr() % (numbers * tensor.element_size())
+        or tensor.stride(1) % numbers
+        or (tensor.shape[0] > 1 and tensor.stride(0) % numbers)
+    )

@@ -1,0 +1,172 @@
+// Just enough of CUDA to run one kernel on the CPU, block after block: every thread is a fiber, and
+// fibers take turns where a thread would wait. For tests of what a kernel computes, not of races.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+#define __align__(bytes) alignas(bytes)
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
+struct Index { unsigned x, y, z; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static float __uint_as_float(unsigned v) { float r; std::memcpy(&r, &v, 4); return r; }
+static unsigned __float_as_uint(float v) { unsigned r; std::memcpy(&r, &v, 4); return r; }
+static int __popc(unsigned v) { return __builtin_popcount(v); }
+using std::max;
+using std::min;
+
+static Index threadIdx, blockIdx;
+static float* emulated_shared;
+
+// ---- fibers ---------------------------------------------------------------------------------------
+
+struct Meeting {
+    unsigned arrived = 0, turn = 0;
+};
+struct Warp {
+    Meeting meeting;
+    unsigned values[32];
+};
+static std::vector<ucontext_t> fibers;
+static std::vector<bool> over;
+static std::vector<Warp> warps;
+static Meeting everybody;
+static ucontext_t scheduler;
+static unsigned current;
+static unsigned long long idle;  // turns in a row in which nobody got on
+
+static void give_way() {
+    swapcontext(&fibers[current], &scheduler);
+}
+static void meet(Meeting& meeting, unsigned size) {
+    unsigned turn = meeting.turn;
+    idle = 0;
+    if (++meeting.arrived == size) meeting.arrived = 0, meeting.turn++;
+    while (meeting.turn == turn) give_way();
+    idle = 0;
+}
+static void __syncthreads() { meet(everybody, fibers.size()); }
+static void __syncwarp() { meet(warps[current / 32].meeting, 32); }
+
+template <typename T>
+static T from_lane(T value, unsigned lane) {
+    Warp& warp = warps[current / 32];
+    std::memcpy(&warp.values[current % 32], &value, 4);
+    __syncwarp();
+    std::memcpy(&value, &warp.values[lane], 4);
+    __syncwarp();
+    return value;
+}
+template <typename T>
+static T __shfl_sync(unsigned, T value, int lane) { return from_lane(value, lane); }
+template <typename T>
+static T __shfl_xor_sync(unsigned, T value, int mask) {
+    return from_lane(value, current % 32 ^ mask);
+}
+static bool __all_sync(unsigned, bool value) {
+    bool all = true;
+    warps[current / 32].values[current % 32] = value;
+    __syncwarp();
+    for (unsigned v : warps[current / 32].values) all = all && v;
+    __syncwarp();
+    return all;
+}
+
+// ---- what the kernel writes in PTX ------------------------------------------------------------------
+
+static float exp2_fast(float v) {
+    float r = std::exp2(v);
+    return r < 1.17549435e-38f ? 0.0f : r;
+}
+static float reciprocal(float v) { return 1.0f / v; }
+static float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : max(a, b); }
+static float half_to_float(unsigned short bits) {
+    _Float16 r;
+    std::memcpy(&r, &bits, 2);
+    return r;
+}
+static unsigned rounded(float v, bool bfloat) {
+    unsigned short half;
+    _Float16 narrow = v;
+    std::memcpy(&half, &narrow, 2);
+    if (!bfloat) return half;
+    unsigned bits = __float_as_uint(v);
+    return std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+struct Barrier {
+    unsigned short count, missing;
+    unsigned phase;
+};
+static void barrier_init(unsigned long long* where, unsigned count) {
+    *reinterpret_cast<Barrier*>(where) = {(unsigned short)count, (unsigned short)count, 0};
+}
+static void barrier_arrive(unsigned long long* where, int lane) {
+    Barrier& barrier = *reinterpret_cast<Barrier*>(where);
+    __syncwarp();
+    if (lane == 0 && --barrier.missing == 0) barrier.missing = barrier.count, barrier.phase++;
+    idle = 0;
+}
+static bool barrier_test(unsigned long long* where, unsigned parity) {
+    return (reinterpret_cast<Barrier*>(where)->phase & 1) != parity;
+}
+static void barrier_wait(unsigned long long* where, unsigned parity) {
+    while (!barrier_test(where, parity)) give_way();
+    __syncwarp();
+}
+
+// ---- launch -----------------------------------------------------------------------------------------
+
+static void (*emulated_body)(const void*);
+static const void* emulated_parameters;
+static void enter() {
+    emulated_body(emulated_parameters);
+    over[current] = true;
+    idle = 0;
+    swapcontext(&fibers[current], &scheduler);
+}
+
+// 0, or 1 if all threads wait for each other.
+static int run_block(unsigned threads, unsigned shared) {
+    constexpr size_t STACK = 1 << 16;
+    std::vector<char> stacks(threads * STACK);
+    std::vector<float> memory(shared / 4 + 4, NAN);
+    emulated_shared = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
+    fibers.assign(threads, {}), over.assign(threads, false);
+    warps.assign(threads / 32, {}), everybody = {}, idle = 0;
+    for (unsigned i = 0; i < threads; i++) {
+        getcontext(&fibers[i]);
+        fibers[i].uc_stack.ss_sp = stacks.data() + i * STACK;
+        fibers[i].uc_stack.ss_size = STACK;
+        fibers[i].uc_link = nullptr;
+        makecontext(&fibers[i], enter, 0);
+    }
+    for (unsigned left = threads; left;) {
+        left = 0;
+        for (current = 0; current < threads; current++) {
+            if (over[current]) continue;
+            left++;
+            threadIdx = {current, 0, 0};
+            swapcontext(&scheduler, &fibers[current]);
+        }
+        if (++idle > 1000) return 1;
+    }
+    return 0;
+}

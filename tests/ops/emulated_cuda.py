@@ -1,0 +1,90 @@
+"""forward.cu on the CPU: the kernel's own source, its few lines of PTX exchanged, in fibers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEADER = Path(__file__).with_name("emulated_cuda.h")
+_REPLACED = ("exp2_fast", "reciprocal", "max_or_nan", "shared_address", "barrier_init",
+             "barrier_arrive", "barrier_test", "barrier_wait")  # fmt: skip
+
+
+def compiler() -> str | None:
+    """A C++ compiler, if there is one."""
+    return shutil.which("g++")
+
+
+@dataclass(frozen=True)
+class EmulatedKernel:
+    """Launches like `_nvrtc.Kernel`."""
+
+    library: ctypes.CDLL
+
+    def launch(self, grid: tuple[int, int, int], parameters: ctypes.Structure) -> None:
+        """Run all blocks, one after the other."""
+        assert not self.library.emulate(*grid[:2], ctypes.byref(parameters)), "threads wait forever"
+
+
+def build(
+    source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
+) -> EmulatedKernel:
+    """Compile a kernel for the CPU; the same source and macros are compiled once."""
+    code = _translated(source.read_text("utf-8"), name, threads, shared)
+    flags = [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
+    key = hashlib.sha256("\0".join([code, *flags]).encode()).hexdigest()[:24]
+    path = folder / f"{key}.so"
+    if not path.exists():
+        text = folder / f"{key}.cpp"
+        text.write_text(code, encoding="utf-8")
+        command = [compiler() or "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC",
+                   "-fno-strict-aliasing", "-ffp-contract=off", f"-I{_HEADER.parent}", *flags,
+                   str(text), "-o", str(path)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return EmulatedKernel(ctypes.CDLL(str(path)))
+
+
+def _translated(source: str, name: str, threads: int, shared: int) -> str:
+    for function in _REPLACED:
+        source, count = re.subn(
+            rf"__device__ __forceinline__ [\w ]+ {function}\(.*?\n\}}\n", "", source, flags=re.S
+        )
+        assert count == 1, function
+    source = re.sub(
+        r'asm\("cvt\.f32\.f16.*?\)\)\);', "r = half_to_float(static_cast<u16>(bits));", source
+    )
+    source = re.sub(
+        r"if \(KIND == 1\)\s+asm\(.cvt\.rn\.bf16x2.*?else\s+asm\(.*?\"f\"\(low\)\);",
+        "r = rounded(low, KIND == 1) | rounded(high, KIND == 1) << 16;",
+        source,
+        flags=re.S,
+    )
+    source = re.sub(
+        r"if \(WORDS == 4\)\s+asm volatile\(.*?else\s+asm volatile\(.*?\"l\"\(from\)\);",
+        "std::memcpy(word, from, 4 * WORDS);",
+        source,
+        flags=re.S,
+    )
+    source = source.replace(
+        "extern __shared__ __align__(16) float buffers[];", "float* buffers = emulated_shared;"
+    )
+    return f"""#include "{_HEADER.name}"
+{source}
+static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
+extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{
+    emulated_body = body, emulated_parameters = parameters;
+    for (unsigned y = 0; y < rows; y++)
+        for (unsigned x = 0; x < columns; x++) {{
+            blockIdx = {{x, y, 0}};
+            if (run_block({threads}, {shared})) return 1;
+        }}
+    return 0;
+}}
+"""

@@ -1,0 +1,302 @@
+"""The selective scan's forward in CUDA C++: on a GPU against float64, else its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import emulated_cuda
+from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from widefield.ops import _nvrtc, use_backend
+from widefield.ops._delta import effective_delta
+from widefield.ops.selective_scan import native, reference
+from widefield.plan import LayerPlan, ScanInputs
+
+ON_GPU = torch.cuda.is_available() and _nvrtc.available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
+LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, or the emulator where there is none."""
+    if ON_GPU:
+        return
+    if emulated_cuda.compiler() is None:
+        pytest.skip("needs a GPU or a C++ compiler")
+    monkeypatch.setattr(_nvrtc, "build", partial(emulated_cuda.build, folder=compiled))
+    native._kernel.cache_clear()
+
+
+def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> Any:
+    if ON_GPU:
+        assert native.supports(inputs)
+        return native.selective_scan(inputs, plan, layout)
+    return native._Call(inputs, plan).run(layout or LAYOUTS[2])
+
+
+def _moved(inputs: ScanInputs, device: str) -> ScanInputs:
+    """On a device, the large tensors as views of wider ones."""
+    changes = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        if value.ndim == 3 and field.name in ("x", "z", "B", "C"):
+            wide = torch.cat([value, value], dim=-1).to(device)
+            changes[field.name] = wide[..., : value.shape[-1]]
+        else:
+            changes[field.name] = value.to(device)
+    return inputs.replace(**changes)
+
+
+def _everything(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Padding, and a plan with all that a scan can be asked for."""
+    batch, length, channels = inputs.x.shape
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[0, : length // 3] = False
+    plan = LayerPlan(
+        delta_floor=torch.rand(channels) * 0.2,
+        delta_scale=torch.rand(batch, channels) + 0.5,
+        decay_scale=torch.rand(channels) + 0.5,
+    )
+    return inputs.replace(valid=valid), plan
+
+
+def _bare(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Nothing that can be left out."""
+    none = {"D": None, "z": None, "delta_bias": None, "initial_state": None}
+    return inputs.replace(**none, delta_softplus=False, delta=inputs.delta.abs()), LayerPlan()
+
+
+def _usual(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    return inputs, LayerPlan()
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def _check(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> None:
+    """At most twice as far from float64 as the reference in the same dtype, on the same device."""
+    truth = reference.selective_scan(*in_float64(inputs, plan))
+    same = reference.selective_scan(inputs, plan)
+    ours = _scan(inputs, plan, layout)
+    for name, value, near, exact in zip(("y", "state"), ours, same, truth, strict=True):
+        assert value.dtype == near.dtype and value.shape == near.shape
+        assert _error(value, exact) <= 2 * _error(near, exact) + 3e-7, name
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+Options = Callable[[ScanInputs], tuple[ScanInputs, LayerPlan]]
+
+
+@pytest.mark.usefixtures("machine", "poisoned")
+class TestAnywhere:
+    """The kernel on a GPU, else its source in the emulator."""
+
+    @pytest.mark.parametrize("length", [1, 33, 200])
+    @pytest.mark.parametrize(
+        ("options", "dtype", "channels"),
+        [
+            (_bare, torch.float16, 37),
+            (_usual, torch.bfloat16, 40),
+            (_everything, torch.float32, 28),
+        ],
+    )
+    def test_is_as_exact_as_the_reference(
+        self, length: int, options: Options, dtype: torch.dtype, channels: int
+    ) -> None:
+        inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+    def test_every_layout_is_as_exact_as_the_reference(self, layout: native.Layout) -> None:
+        inputs, plan = _everything(scan_inputs(2, 300, 28))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE), layout)
+
+    @pytest.mark.parametrize("states", [8, 32])
+    def test_other_numbers_of_states(self, states: int) -> None:
+        inputs, plan = _everything(scan_inputs(2, 70, 16, states))
+        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
+
+    @pytest.mark.parametrize("delta", DELTAS)
+    def test_no_step_is_too_small_or_too_large(self, delta: str) -> None:
+        _check(_moved(scan_inputs(1, 100, 24, delta=delta), DEVICE), LayerPlan())
+
+    @pytest.mark.parametrize("above", [-1e-6, 1e-6])
+    def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
+        inputs, plan = _everything(scan_inputs(1, 64, 32))
+        inputs = _moved(inputs.replace(valid=None), DEVICE)
+        every = torch.arange(32, device=DEVICE)
+        plan = dataclasses.replace(plan.to(DEVICE), delta_floor=None)
+        floor = effective_delta(inputs, plan)[0, every, every] * (1 + above)
+        plan = dataclasses.replace(plan, delta_floor=floor)
+        frozen = effective_delta(inputs, plan)[0, every, every] == 0
+        assert bool((frozen == (above > 0)).all())
+        _check(inputs, plan)
+
+    def test_nan_in_a_step_shows(self) -> None:
+        inputs = _moved(scan_inputs(1, 64, 32), DEVICE)
+        inputs.delta[0, 10, 5] = torch.nan
+        y, state = _scan(inputs, LayerPlan())
+        assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
+        assert not y[0, :10].isnan().any() and not y[0, :, 6].isnan().any()
+
+    def test_padding_may_hold_anything(self) -> None:
+        inputs, plan = _everything(scan_inputs(1, 70, 32))
+        inputs = _moved(inputs, DEVICE)
+        expected = _scan(inputs, plan.to(DEVICE))
+        assert inputs.valid is not None
+        inputs.x[~inputs.valid] = torch.nan
+        inputs.delta[~inputs.valid] = torch.inf
+        found = _scan(inputs, plan.to(DEVICE))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_going_on_from_a_state_is_the_same_to_the_bit(self) -> None:
+        inputs = _moved(scan_inputs(1, 96, 32), DEVICE)
+        y, state = _scan(inputs, LayerPlan())
+        parts = []
+        before = inputs.initial_state
+        for part in (slice(0, 64), slice(64, 96)):
+            cut = {name: getattr(inputs, name)[:, part] for name in ("x", "delta", "B", "C", "z")}
+            one, before = _scan(inputs.replace(**cut, initial_state=before), LayerPlan())
+            parts.append(one)
+        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("length", [31, 150])
+    @pytest.mark.parametrize("channels", [40, 37])
+    @pytest.mark.parametrize("options", [_bare, _usual, _everything])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_every_dtype_takes_all_options(
+        self, length: int, channels: int, options: Options, dtype: torch.dtype
+    ) -> None:
+        inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+    def test_many_rows_of_many_channels_run_in_several_waves(self) -> None:
+        inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
+        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+
+    @pytest.mark.parametrize("length", [70_001, 1_048_577])
+    def test_is_right_past_65536_tokens(self, length: int) -> None:
+        from widefield.ops.selective_scan import cpu
+
+        inputs = scan_inputs(1, length, 8)
+        expected = cpu.selective_scan(inputs)
+        found = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
+        for value, truth in zip(found, expected, strict=True):
+            assert _error(value.cpu(), truth.double()) < 1e-5
+
+    def test_gradients_go_through_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from widefield.ops.selective_scan import cuda
+
+        calls = []
+        monkeypatch.setattr(native, "selective_scan", lambda *given: calls.append(given))
+        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        inputs.x.requires_grad_()
+        with use_backend("nvrtc"):
+            cuda.selective_scan(inputs)[0].sum().backward()
+            assert inputs.x.grad is not None and not calls
+            with torch.no_grad():
+                cuda.selective_scan(inputs)
+        assert len(calls) == 1
+        with torch.no_grad():
+            cuda.selective_scan(inputs)
+        assert len(calls) == 1
+
+    def test_compiled_kernels_are_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        native._kernel.cache_clear()
+        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        first = native.selective_scan(inputs, LayerPlan())
+        (kept,) = _nvrtc.cache_folder().iterdir()
+        native._kernel.cache_clear()
+        monkeypatch.setattr(_nvrtc, "_compile", lambda *given: pytest.fail("compiled again"))
+        again = native.selective_scan(inputs, LayerPlan())
+        assert kept.suffix == ".cubin" and torch.equal(first[0], again[0])
+
+
+def test_a_cpu_tensor_is_not_supported() -> None:
+    assert not native.supports(scan_inputs(1, 10, 8))
+
+
+def test_the_struct_is_the_one_of_the_kernel() -> None:
+    source = native._SOURCE.read_text("utf-8")
+    found = re.search(r"struct Parameters \{(.*?)\n\};", source, re.DOTALL)
+    assert found is not None
+    code = re.sub(r"//.*", "", found[1])
+    names = re.findall(r"\*?(\w+)(?=[,;])", code)
+    assert names == [field[0] for field in native._Parameters._fields_]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_warp_has_one_role(layout: native.Layout) -> None:
+    consumers = (1 << layout.consumers) - 1
+    assert not consumers & layout.producers
+    assert not (consumers | layout.producers) & layout.finishers
+    assert layout.warps <= 32 and layout.channels % 4 == 0
+
+
+def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
+    assert not _nvrtc.available.__wrapped__()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
+    assert layout.slots % layout.producers.bit_count() == 0
+    assert layout.finishers.bit_count() <= layout.slots
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "states", "shared", "expected"),
+    [
+        (1, 1536, 16, 232_448, LAYOUTS[2]),
+        (4, 5120, 16, 232_448, LAYOUTS[2]),
+        (1, 1024, 16, 232_448, LAYOUTS[1]),
+        (1, 512, 16, 232_448, LAYOUTS[3]),
+        (1, 512, 8, 232_448, LAYOUTS[0]),
+        (1, 1536, 32, 101_376, dataclasses.replace(LAYOUTS[2], slots=4)),
+    ],
+)
+def test_every_multiprocessor_gets_a_block(
+    batch: int,
+    channels: int,
+    states: int,
+    shared: int,
+    expected: native.Layout,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chip = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    layout = native._layout.__wrapped__(0, batch, channels, states)
+    assert layout == expected and layout.shared_bytes(states) <= shared

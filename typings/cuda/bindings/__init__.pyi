@@ -1,0 +1,1 @@
+# cuda-bindings is for GPUs only: any name of its modules is there, of any type.
