@@ -17,6 +17,7 @@ from widefield.errors import WidefieldError
 from widefield.extension import extend, observed, restore
 from widefield.families import fingerprint, mixers
 from widefield.families._attention import fit_mask
+from widefield.families._blocks import DroppingBlock
 from widefield.families._context import Left
 from widefield.methods import DeciMamba, LongMamba
 from widefield.plan import ScanInputs, SSDInputs
@@ -291,6 +292,41 @@ def test_in_the_last_layer_both_kinds_of_residual_stream_agree_on_the_last_token
         for residual in ("full", "shortened")
     ]
     assert relative(*outputs) < CLOSE
+
+
+@torch.no_grad()
+def test_what_is_left_is_known_to_blocks_that_get_a_copy_of_their_input(
+    model: Any, ids: Tensor, mask: Tensor
+) -> None:
+    """As on several devices, where accelerate moves the input of every block."""
+    if refused(model):
+        return
+    extend(model, decimamba(model, base_length=22))
+    here = model(ids, attention_mask=mask).logits
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
+        for block in model.modules()
+        if isinstance(block, DroppingBlock)
+    ]
+    copied = model(ids, attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    assert len(hooks) == model.config.num_hidden_layers
+    assert torch.equal(copied, here)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba"])
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_on_disk_are_fetched(
+    name: str, ids: Tensor, tmp_path: Path
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = CASES[name].make()
+    method = decimamba(model)
+    here = extend(model, method)(ids).logits
+    restore(model)
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert torch.equal(extend(model, method)(ids).logits, here)
 
 
 class TestBadMasks:
