@@ -192,6 +192,15 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+def two_attention_layers() -> Any:
+    """NemotronH with attention before and behind its second Mamba layer."""
+    torch.manual_seed(2)
+    model = HYBRIDS["nemotron_h"]()
+    config = model.config
+    config.layers_block_type = ["linear_attention", "full_attention"] * 2
+    return NemotronHForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 class TestOtherModels:
     """Whatever transformers calls a cache entry, with attention or without."""
@@ -373,6 +382,27 @@ class TestRefusals:
         self, saved: Saved, change: Callable[[dict[str, Any], dict[str, Tensor]], object]
     ) -> None:
         model, path = saved
+        rewrite(path, change)
+        assert "not a whole state" in refusal(path, model)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda _, tensors: tensors.pop("3.valid"),
+            lambda _, tensors: tensors.update({"3.valid": tensors["3.valid"].float()}),
+            lambda _, tensors: tensors.update({"3.valid": tensors["3.valid"][:, 1:].clone()}),
+            lambda _, tensors: tensors.update({"3.valid": tensors["3.valid"][:1].clone()}),
+            lambda _, tensors: tensors.update({"0.valid": tensors["3.valid"].clone()}),
+        ],
+    )
+    def test_a_file_with_wrong_marks_of_a_shortened_attention_layer_is_refused(
+        self, tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]
+    ) -> None:
+        model = two_attention_layers()
+        extend(model, DeciMamba(layers=(2,), base_length=30))
+        path = tmp_path / "state.safetensors"
+        wf.save_state(read(model), path, model)
+        assert wf.load_state(path, model).layers[3].widefield_valid.shape == (2, 30)
         rewrite(path, change)
         assert "not a whole state" in refusal(path, model)
 
