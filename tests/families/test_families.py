@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 import widefield as wf
@@ -130,6 +132,9 @@ class TestWithoutAMethod:
             assert relative(mine, theirs) < CLOSE
 
     def test_generation_equals_stock(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        old = Version(transformers.__version__) < Version("5.18")
+        if old and getattr(model.config, "mamba_rms_norm", False):
+            pytest.skip("stock transformers 5.17 itself fails on this padded batch")
         call = {"attention_mask": mask, **GREEDY}
         stock = model.generate(ids, **call)
         assert torch.equal(extend(model).generate(ids, **call), stock)
@@ -423,6 +428,8 @@ class TestAttentionBehindDroppedTokens:
         assert torch.equal(model.generate(ids, **call), torch.cat(alone))
 
 
+# transformers 5.17 warns of every prompt that is not on the device of meta weights.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("decimated", [False, True], ids=["unmodified", "decimamba"])
 @torch.no_grad()
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched(
