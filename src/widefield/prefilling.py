@@ -66,7 +66,7 @@ def prefill(
         )
     _check_ids(input_ids)
     inputs = {"input_ids": input_ids, "use_cache": True, _cache_name(model): cache}
-    inputs |= _masks(model, attention_mask, input_ids.shape[1], cache)
+    inputs |= _masks(model, attention_mask, input_ids, cache)
     return in_chunks(model, inputs, chunk_size, context_length=context_length, progress=progress)
 
 
@@ -160,18 +160,22 @@ def _check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def _masks(
-    model: nn.Module, mask: Tensor | None, length: int, cache: Any | None
+    model: nn.Module, mask: Tensor | None, ids: Tensor, cache: Any | None
 ) -> dict[str, Tensor]:
-    """The mask over all that the cache holds and the prompt, and the positions that follow."""
-    if mask is None:
-        return {}
-    read_padding(mask, length)
-    past = _attended(cache)
-    if mask.shape[1] == length and past:
-        mask = torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
-    found = {"attention_mask": mask}
+    """The mask over all that the cache holds and the prompt, and the positions that follow.
+
+    Positions are always given: some models count them from 0 in every call that has none.
+    """
+    length, past, found = ids.shape[1], _attended(cache), {}
+    places = torch.arange(past, past + length, device=ids.device).expand(ids.shape[0], -1)
+    if mask is not None:
+        read_padding(mask, length)
+        if mask.shape[1] == length and past:
+            mask = torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
+        found["attention_mask"] = mask
+        places = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
     if "position_ids" in _parameters(model):
-        found["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+        found["position_ids"] = places
     return found
 
 
