@@ -22,7 +22,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint as safetensors in the layout of transformers.
+    """Write a checkpoint in the layout of transformers.
 
     For the original checkpoints of Mamba and Mamba-2, which other programs cannot read.
     """

@@ -32,7 +32,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
     resume: Annotated[bool, typer.Option(help="go on from an interrupted run in --out")] = True,
 ) -> None:
-    """Train a checkpoint, calibrate it, and write it with its model card."""
+    """Train, calibrate and describe a checkpoint."""
     _common.input_path(recipe, "RECIPE")
     for path in corpus:
         _common.input_path(path, "--corpus")
