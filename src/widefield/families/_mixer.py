@@ -32,6 +32,7 @@ Inputs = ScanInputs | SSDInputs
 TILE = {"cpu": 4096, "cuda": 1 << 17}
 # Cut at a multiple of this, the CPU's scan of Mamba-2 gives the same bits as in one piece.
 _EVEN = 64
+_SILU = ("silu", "swish")
 _SEQUENCES = ("x", "delta", "B", "C", "z")
 
 
@@ -112,6 +113,9 @@ class Mixer(nn.Module):
 
     _widefield: Link
     layer_idx: int
+    activation: str
+    act: nn.Module
+    conv1d: nn.Conv1d
     out_proj: nn.Module
 
     def read(
@@ -129,6 +133,14 @@ class Mixer(nn.Module):
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output for one more token a row; the states in the cache go on."""
         raise NotImplementedError
+
+    def convolve(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The short convolution of x (B, L, D) with its activation, and its new state (B, D, K)."""
+        silu = self.activation in _SILU
+        x, state = ops.causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu, initial_state=state
+        )
+        return x if silu else self.act(x), state
 
     def state_of(self, past: LayerCache | None) -> Tensor | None:
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""

@@ -11,8 +11,6 @@ from widefield.families._context import LayerCache
 from widefield.families._mixer import Mixer, run_with
 from widefield.plan import LayerPlan, ScanInputs
 
-_SILU = ("silu", "swish")
-
 
 class Mamba1Mixer(Mixer):
     """A mixer of Mamba-1's kind.
@@ -21,12 +19,9 @@ class Mamba1Mixer(Mixer):
     nothing else differs.
     """
 
-    activation: str
     time_step_rank: int
     ssm_state_size: int
-    act: nn.Module
     in_proj: nn.Linear
-    conv1d: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: nn.Linear
     A_log: nn.Parameter
@@ -70,13 +65,6 @@ class Mamba1Mixer(Mixer):
         """A (D, N), negative, in float32."""
         return -torch.exp(self.A_log.float()).flatten(0, -2)
 
-    def _convolve(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        silu = self.activation in _SILU
-        x, state = ops.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu, initial_state=state
-        )
-        return x if silu else self.act(x), state
-
     def read(
         self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
     ) -> tuple[ScanInputs, None, Tensor]:
@@ -84,7 +72,7 @@ class Mamba1Mixer(Mixer):
         if valid is not None:
             hidden_states = hidden_states * valid[..., None]
         x, z = self.project(hidden_states)
-        x, conv_state = self._convolve(x, conv_state)
+        x, conv_state = self.convolve(x, conv_state)
         if valid is not None:
             x = x * valid[..., None]
         delta, B, C = self.selective_inputs(x)
@@ -118,7 +106,7 @@ class Mamba1Mixer(Mixer):
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, H) for one more token a row."""
         x, z = self.project(hidden_states)
-        x, conv_state = self._convolve(x, past.conv_state)
+        x, conv_state = self.convolve(x, past.conv_state)
         delta, B, C = self.selective_inputs(x)
         state = self.state_of(past)
         assert state is not None

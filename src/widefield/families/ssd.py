@@ -13,8 +13,6 @@ from widefield.families._context import LayerCache
 from widefield.families._mixer import Mixer, run_with
 from widefield.plan import LayerPlan, SSDInputs
 
-_SILU = ("silu", "swish")
-
 
 class SSDMixer(Mixer):
     """A mixer of Mamba-2's kind.
@@ -23,7 +21,6 @@ class SSDMixer(Mixer):
     the same in every family.
     """
 
-    activation: str
     num_heads: int
     head_dim: int
     n_groups: int
@@ -31,9 +28,7 @@ class SSDMixer(Mixer):
     intermediate_size: int
     conv_dim: int
     time_step_limit: tuple[float, float]
-    act: nn.Module
     in_proj: nn.Linear
-    conv1d: nn.Conv1d
     norm: nn.Module
     A_log: nn.Parameter
     D: nn.Parameter
@@ -84,15 +79,8 @@ class SSDMixer(Mixer):
         gate, mixed, delta = self.project(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        silu = self.activation in _SILU
-        mixed, conv_state = ops.causal_conv1d(
-            mixed,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            silu=silu,
-            initial_state=before,
-        )
-        return gate, mixed if silu else self.act(mixed), delta, conv_state
+        mixed, conv_state = self.convolve(mixed, before)
+        return gate, mixed, delta, conv_state
 
     def _by_head(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolved x|B|C as x (…, H, P), B and C (…, G, N)."""
