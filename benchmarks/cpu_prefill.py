@@ -33,6 +33,7 @@ from transformers import (
 )
 
 import widefield as wf
+from benchmarks._common import peak_kibibytes, processor
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 256,
@@ -141,14 +142,6 @@ def print_peak(name: str, kind: str, tokens: int, seed: int) -> None:
         print(round((peak_kibibytes() - before) * 1024 / 1e6, 1))
 
 
-def peak_kibibytes() -> int:
-    """The peak of this process; `ru_maxrss` starts with that of the program that started it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
-
-
 def largest_difference(name: str, tokens: int, seed: int) -> float:
     """Largest error of our logits, relative to the largest stock logit."""
     model = build(name, seed)
@@ -156,15 +149,6 @@ def largest_difference(name: str, tokens: int, seed: int) -> float:
     with wf.extended(model):
         ours = prefill(model, tokens, seed)
     return ((ours - stock).abs().max() / stock.abs().max()).item()
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()
 
 
 def header(name: str, seed: int) -> dict[str, Any]:

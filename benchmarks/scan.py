@@ -16,13 +16,13 @@ import json
 import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks._common import installed, quantiles
 from widefield.ops import _nvrtc
 from widefield.ops.selective_scan import cuda, native, reference
 from widefield.plan import LayerPlan, ScanInputs
@@ -120,7 +120,6 @@ def milliseconds(scan: Scan, tokens: int, channels: int, dtype: torch.dtype) -> 
     sets = [inputs_of(tokens, channels, dtype, seed) for seed in range(max(1, CACHE // size + 1))]
     for inputs in sets:
         scan(inputs)
-    times: list[float] = []
     pairs = []
     repeats = 5 if tokens > 100_000 else 15
     for index in range(repeats):
@@ -130,8 +129,7 @@ def milliseconds(scan: Scan, tokens: int, channels: int, dtype: torch.dtype) -> 
         after.record()
         pairs.append((before, after))
     torch.cuda.synchronize()
-    times = sorted(before.elapsed_time(after) for before, after in pairs[1:])
-    return [times[int(share * (len(times) - 1) + 0.5)] for share in (0.2, 0.5, 0.8)]
+    return list(quantiles([before.elapsed_time(after) for before, after in pairs[1:]]))
 
 
 def rows(seed: int) -> list[dict[str, Any]]:
@@ -154,13 +152,6 @@ def rows(seed: int) -> list[dict[str, Any]]:
                 print(line, flush=True)
                 found.append(row)
     return found
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""What the benchmarks share: who ran them on what, memory, quantiles, and files of rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "widefield", "torch", "transformers", "numba", "numpy", "triton", "cuda-bindings",
+    "nvidia-cuda-nvrtc", "mamba-ssm", "causal-conv1d", "kernels",
+)  # fmt: skip
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver; None where it cannot be asked."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def environment(module: str, device: torch.device, seed: int) -> dict[str, Any]:
+    """The head of a result file: command, device and versions."""
+    return {
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
+        "system": platform.platform(),
+        "seed": seed,
+        **(_gpu(device) if device.type == "cuda" else _cpu()),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "device": found.name,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "multiprocessors": found.multi_processor_count,
+        "gigabytes": round(found.total_memory / 1e9, 1),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "device": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The values at 20, 50 and 80 %, each one that was measured."""
+    ranked = sorted(values)
+    low, middle, high = (ranked[int(s * (len(ranked) - 1) + 0.5)] for s in (0.2, 0.5, 0.8))
+    return low, middle, high
+
+
+def peak_kibibytes() -> int:
+    """The peak of this process; `ru_maxrss` starts with that of the program that started it."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: of this process, or of torch on a GPU since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_kibibytes() * 1024
+
+
+def write_rows(path: Path, content: dict[str, Any]) -> None:
+    """Replace a result file at once, so that an interrupted run leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
