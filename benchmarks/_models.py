@@ -1,0 +1,203 @@
+"""The whole models that `benchmarks.run` times: random weights, and who can run them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+import widefield as wf
+from benchmarks._ops import ROOM, Verdict, error
+from widefield import ops
+
+VOCABULARY = 50_280  # a multiple of 8, as mamba-ssm pads it
+CALIBRATED_AT = 2048
+CHECKED = 1000
+NEW_TOKENS = 128
+PROMPT = 16
+_SMALL = {"hidden_size": 768, "num_hidden_layers": 24}
+_MAMBA2 = {"state_size": 128, "head_dim": 64, "n_groups": 1, "chunk_size": 256}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mamba-130m": _SMALL | {"state_size": 16},
+    "mamba2-130m": _SMALL | _MAMBA2 | {"num_heads": 24},
+    "mamba2-2.7b": _MAMBA2 | {"hidden_size": 2560, "num_hidden_layers": 64, "num_heads": 80},
+}
+METHODS = {"longmamba-130m": "mamba-130m", "decimamba-130m": "mamba-130m"}
+"""Mamba-130m with a method on; nobody else runs these."""
+NAMES = (*SHAPES, *METHODS)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run a model.
+
+    Attributes:
+        name: as the rows call it.
+        prefill: ids (1, L) to the logits of the last token.
+        decode: prompt ids to the ids with `NEW_TOKENS` more, or None.
+        during: what must hold while it runs.
+        ours: whether it must be exact to be timed at all.
+    """
+
+    name: str
+    prefill: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor] | None
+    during: Callable[[], AbstractContextManager[Any]]
+    ours: bool = True
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """A model of transformers in eval mode, weights drawn on the device."""
+    shape = SHAPES[METHODS.get(name, name)]
+    torch.manual_seed(seed)
+    with torch.device(device):
+        common: dict[str, Any] = {"vocab_size": VOCABULARY, "tie_word_embeddings": True}
+        if "num_heads" in shape:
+            model: Any = Mamba2ForCausalLM(Mamba2Config(**common, **shape))
+        else:
+            model = MambaForCausalLM(MambaConfig(**common, **shape))
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
+def hf_prefill(model: Any, ids: Tensor) -> Tensor:
+    return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
+
+
+def hf_decode(model: Any, prompt: Tensor, **options: Any) -> Tensor:
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, **options,
+    )  # fmt: skip
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Stock transformers without anybody's kernels, also where mamba-ssm is installed."""
+    changed = [
+        (module, name, function)
+        for module in (modeling_mamba, modeling_mamba2)
+        for name, function in vars(module).items()
+        if name.startswith(("mamba_", "causal_conv1d", "selective_")) and callable(function)
+    ]
+    for module, name, function in changed:
+        setattr(module, name, inspect.unwrap(function))
+    try:
+        yield
+    finally:
+        for module, name, function in changed:
+            setattr(module, name, function)
+
+
+def method_of(name: str, model: Any, seed: int) -> wf.LongMamba | wf.DeciMamba:
+    """LongMamba of a calibration on random tokens; DeciMamba as published, pool at layer 12."""
+    if name == "decimamba-130m":
+        return wf.DeciMamba(layers=(12,), base_length=2000)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (2, CALIBRATED_AT), generator=generator)
+    return wf.LongMamba(wf.calibrate(model, ids, train_length=CALIBRATED_AT))
+
+
+def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
+    """Everybody who can run this model here, ours first."""
+    methods = (method_of(name, model, seed),) if name in METHODS else ()
+    found = [_ours(model, methods, backend) for backend in backends]
+    if name in METHODS:
+        return found
+    there = importlib.util.find_spec("mamba_ssm") is not None and torch.cuda.is_available()
+    if there:
+        found.append(_mamba_ssm(name, model))
+        found.append(_stock(model, "transformers with mamba-ssm", nullcontext))
+    found.append(_stock(model, "transformers", plain_torch))
+    return found
+
+
+def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
+    @contextmanager
+    def during() -> Iterator[None]:
+        chosen = nullcontext() if backend == "default" else ops.use_backend(backend)  # type: ignore[arg-type]
+        with chosen, wf.extended(model, *methods):
+            yield
+
+    name = "widefield" if backend == "default" else f"widefield {backend}"
+    prefill = functools.partial(hf_prefill, model)
+    return Side(name, prefill, functools.partial(hf_decode, model), during)
+
+
+def _stock(model: Any, name: str, during: Callable[[], AbstractContextManager[Any]]) -> Side:
+    prefill, decode = functools.partial(hf_prefill, model), functools.partial(hf_decode, model)
+    return Side(name, prefill, decode, during, ours=False)
+
+
+def _mamba_ssm(name: str, model: Any) -> Side:
+    """mamba-ssm's own model with the same weights and its own defaults: fused norms, graphs."""
+    peer: Any = None
+
+    def loaded() -> Any:
+        nonlocal peer
+        if peer is None:
+            peer = peer_model(name, model)
+        return peer
+
+    def prefill(ids: Tensor) -> Tensor:
+        return loaded()(ids, num_last_tokens=1).logits[:, -1]
+
+    def decode(prompt: Tensor) -> Tensor:
+        length = prompt.shape[1] + NEW_TOKENS
+        return loaded().generate(input_ids=prompt, max_length=length, cg=True, top_k=1)
+
+    return Side("mamba-ssm", prefill, decode, nullcontext, ours=False)
+
+
+def peer_model(name: str, model: Any) -> Any:
+    """mamba-ssm's model of a model of transformers, weights shared."""
+    from mamba_ssm.models.config_mamba import (  # type: ignore[import-not-found]
+        MambaConfig as PeerConfig,
+    )
+    from mamba_ssm.models.mixer_seq_simple import (  # type: ignore[import-not-found]
+        MambaLMHeadModel,
+    )
+
+    shape = SHAPES[name]
+    layer = {"layer": "Mamba2", "d_state": 128, "headdim": 64} if "num_heads" in shape else {}
+    config = PeerConfig(
+        d_model=shape["hidden_size"], n_layer=shape["num_hidden_layers"], vocab_size=VOCABULARY,
+        ssm_cfg=layer,
+    )  # fmt: skip
+    peer = MambaLMHeadModel(config, device=model.device, dtype=model.dtype)
+    weights = {k.replace("embeddings.", "embedding."): v for k, v in model.state_dict().items()}
+    peer.load_state_dict(weights, assign=True)
+    peer.tie_weights()
+    return peer.eval()
+
+
+def prompt_of(tokens: int, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (1, tokens), generator=generator).to(device)
+
+
+class Judge:
+    """Holds the sides of a model against the stock model in float32, at `CHECKED` tokens."""
+
+    def __init__(self, name: str, model: Any, device: torch.device, seed: int) -> None:
+        self.ids = prompt_of(CHECKED, device, seed)
+        exact = build(name, torch.float32, device, seed)
+        exact.load_state_dict(model.state_dict())
+        with plain_torch(), torch.inference_mode():
+            self.truth = hf_prefill(exact, self.ids).double()
+            self.allowed = 2 * error(hf_prefill(model, self.ids), self.truth) + ROOM
+
+    def verdict(self, side: Side) -> Verdict:
+        """The error of its logits."""
+        with side.during(), torch.inference_mode():
+            return Verdict("logits", error(side.prefill(self.ids), self.truth), self.allowed)

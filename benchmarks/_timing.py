@@ -1,0 +1,137 @@
+"""Time several callables in turn, in one process, within a budget of seconds."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks._common import peak_bytes, quantiles
+
+MOST_RUNS = 20
+LEAST_RUNS = 3
+
+
+@dataclass
+class Contestant:
+    """One side of a comparison.
+
+    Attributes:
+        name: as the rows call it.
+        call: runs it once on the inputs of one number; sets of inputs are used in turn.
+        seconds: of each timed run.
+        peak_megabytes: torch's memory at the peak of one run, inputs and weights included.
+        failed: why there are no times.
+    """
+
+    name: str
+    call: Callable[[int], Any]
+    seconds: list[float] = field(default_factory=list)
+    peak_megabytes: float | None = None
+    failed: str | None = None
+
+
+class BrokenDevice(RuntimeError):
+    """The GPU does not answer any more: nothing that follows in this process can be trusted."""
+
+
+def compare(sides: Sequence[Contestant], device: torch.device, budget: float) -> None:
+    """Time the sides in turn; one that fails leaves the others alone.
+
+    Args:
+        sides: filled in.
+        device: where they run. On a GPU a run is timed between two events, so that for short
+            kernels the time of the host is hidden behind the run before.
+        budget: seconds for all sides together, after the first two runs of each.
+
+    Raises:
+        BrokenDevice: after an error that the process cannot recover from.
+    """
+    longest = [_try(side, device) for side in sides]
+    alive = [side for side in sides if side.failed is None]
+    once = sum(seconds for seconds in longest if seconds is not None)
+    runs = max(LEAST_RUNS, min(MOST_RUNS, int(budget / max(once, 1e-6))))
+    clock = _events if device.type == "cuda" else _wall
+    pending: list[tuple[Contestant, Callable[[], float]]] = []
+    for index in range(runs):
+        pending += [(side, clock(side, index)) for side in alive]
+        if device.type == "cuda" and once > 0.05:
+            torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for side, seconds in pending:
+        side.seconds.append(seconds())
+
+
+def _try(side: Contestant, device: torch.device) -> float | None:
+    """Warm up, then seconds and peak memory of one run; None if the side fails."""
+    if side.failed is not None:
+        return None
+    try:
+        side.call(0)
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        side.call(0)
+        wait(device)
+        seconds = time.perf_counter() - start
+    except Exception as error:
+        side.failed = reason(error)
+        release(device)
+        return None
+    if device.type == "cuda":
+        side.peak_megabytes = round(peak_bytes(device) / 1e6, 1)
+    return seconds
+
+
+def _events(side: Contestant, index: int) -> Callable[[], float]:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    side.call(index)
+    after.record()
+    return lambda: before.elapsed_time(after) / 1e3
+
+
+def _wall(side: Contestant, index: int) -> Callable[[], float]:
+    start = time.perf_counter()
+    side.call(index)
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give memory back, so that one side's end is not the next one's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line.
+
+    Raises:
+        BrokenDevice: if the process cannot go on.
+    """
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in text:
+        raise BrokenDevice(text) from error
+    return f"{type(error).__name__}: {text}"
+
+
+def times(side: Contestant, unit: float) -> dict[str, Any]:
+    """p20, p50 and p80 in units of so many seconds, and how many runs there were."""
+    low, middle, high = (round(s / unit, 5) for s in quantiles(side.seconds))
+    return {"p20": low, "p50": middle, "p80": high, "runs": len(side.seconds)}

@@ -1,0 +1,378 @@
+"""Ops and whole models, side by side: ours, stock transformers, and mamba-ssm where it is there.
+
+    python -m benchmarks.run --out benchmarks/results/run.json
+    python -m benchmarks.run --ops scan,ssd-130m --models none --lengths 8k,64k
+    python -m benchmarks.run --ops none --models mamba-130m --resume --out run.json
+
+All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
+of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
+compared with the reference in float64, a model's logits with stock transformers in float32, and may
+be at most twice as far off as the reference in the inputs' own dtype. Others are timed in any case;
+their rows say how far they are off. A side that fails or runs out of memory is a row that says so.
+
+Rows are kept after every comparison. After Ctrl-C, `--resume` goes on and skips what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import _models, _ops
+from benchmarks._common import environment, write_rows
+from benchmarks._timing import BrokenDevice, Contestant, compare, reason, release, times, wait
+from widefield.errors import WidefieldError, unknown
+from widefield.evaluation.grid import length_label, parse_lengths
+
+PREFILLS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
+SAME = ("device", "driver", "versions", "seed")
+INTERRUPTED = 130
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: what is timed at one length.
+
+    Attributes:
+        case: as the rows call it.
+        tokens: of each sequence.
+        run: its rows.
+    """
+
+    case: str
+    tokens: int
+    run: Callable[[], list[Row]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        device: where all runs.
+        seed: of weights and inputs.
+        seconds: budget of a comparison.
+        backends: of our side; "default" is what the op chooses.
+        lengths: for everything that has a length, or None for each one's own.
+        stock_up_to: the longest prompt that plain transformers gets.
+    """
+
+    device: torch.device
+    seed: int
+    seconds: float
+    backends: list[str]
+    lengths: tuple[int, ...] | None
+    stock_up_to: int
+
+
+def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
+    for op in _ops.all_ops(asked.backends):
+        if op.name in names:
+            bench = OpBench(op, asked)
+            lengths = op.lengths if asked.lengths is None or op.lengths == (1,) else asked.lengths
+            for tokens in lengths:
+                yield Job(op.name, tokens, bench.at(tokens))
+
+
+class OpBench:
+    """An op's sides, judged once, before the first of its lengths is timed."""
+
+    def __init__(self, op: _ops.Op, asked: Settings) -> None:
+        self.op, self.asked = op, asked
+        self._verdicts: dict[str, _ops.Verdict | str] = {}
+
+    def at(self, tokens: int) -> Callable[[], list[Row]]:
+        """What makes the rows of one length."""
+        return lambda: self._rows(tokens)
+
+    def _judge(self) -> dict[str, _ops.Verdict | str]:
+        if not self._verdicts:
+            judge = _ops.Judge(self.op, self.asked.device, self.asked.seed)
+            for side in self.op.sides():
+                try:
+                    self._verdicts[side.name] = judge.verdict(side)
+                except Exception as error:
+                    self._verdicts[side.name] = reason(error)
+            release(self.asked.device)
+        return self._verdicts
+
+    def _rows(self, tokens: int) -> list[Row]:
+        verdicts, sets = self._judge(), None
+        rows, contestants = [], []
+        for side in self.op.sides():
+            verdict = verdicts[side.name]
+            row = self._row(side, tokens, verdict)
+            rows.append(row)
+            contestant = Contestant(side.name, lambda index: None, failed=row.get("failed"))
+            contestants.append(contestant)
+            if contestant.failed is None:
+                sets = sets or _ops.input_sets(self.op, tokens, self.asked.device, self.asked.seed)
+                contestant.call = self._call(side, sets)
+        compare(contestants, self.asked.device, self.asked.seconds)
+        for row, contestant in zip(rows, contestants, strict=True):
+            _finish(row, contestant, 1e-3, "ms")
+        return rows
+
+    def _row(self, side: _ops.Side, tokens: int, verdict: _ops.Verdict | str) -> Row:
+        op = self.op
+        row: Row = {
+            "case": op.name, "side": side.name, "tokens": tokens, "batch": op.batch,
+            "dtype": _dtype(op.dtype), **op.shape,
+        }  # fmt: skip
+        return row | _judged(verdict, side.ours)
+
+    def _call(self, side: _ops.Side, sets: Sequence[Any]) -> Callable[[int], Any]:
+        run = _ops.runner(self.op, side)
+        own: dict[int, _ops.Tensors] = {}
+
+        def call(index: int) -> Any:
+            index %= len(sets)
+            if index not in own:
+                own[index] = _ops.prepared(self.op, side, *sets[index])
+            with nullcontext() if self.op.backward else torch.no_grad():
+                return run(own[index])
+
+        for index in range(len(sets)):
+            own[index] = _ops.prepared(self.op, side, *sets[index])
+        return call
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _judged(verdict: _ops.Verdict | str, ours: bool) -> Row:
+    """How exact a side is, and why it is not timed, if it is not."""
+    if isinstance(verdict, str):
+        return {"failed": verdict}
+    found: Row = {"error": verdict.error, "allowed": verdict.allowed, "worst": verdict.worst}
+    return found | ({"failed": verdict.told()} if ours and not verdict.right else {})
+
+
+def _finish(row: Row, contestant: Contestant, unit: float, name: str) -> None:
+    """The times, or why there are none."""
+    if contestant.failed is not None:
+        row["failed"] = contestant.failed
+        return
+    row |= {"unit": name, **times(contestant, unit)}
+    if contestant.peak_megabytes is not None:
+        row["peak_megabytes"] = contestant.peak_megabytes
+
+
+def model_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
+    dtype = torch.bfloat16 if asked.device.type == "cuda" else torch.float32
+    lengths = PREFILLS if asked.lengths is None else asked.lengths
+    for name in names:
+        bench = ModelBench(name, dtype, asked)
+        for tokens in lengths:
+            yield Job(f"{name} prefill", tokens, bench.prefill(tokens))
+        if name not in _models.METHODS:
+            yield Job(f"{name} decode", _models.NEW_TOKENS, bench.decode())
+
+
+class ModelBench:
+    """A model, built and judged when its first length is timed. One model is held at a time."""
+
+    held: ModelBench | None = None
+
+    def __init__(self, name: str, dtype: torch.dtype, asked: Settings) -> None:
+        self.name, self.dtype, self.asked = name, dtype, asked
+        self._sides: list[_models.Side] = []
+        self._verdicts: dict[str, _ops.Verdict | str | None] = {}
+
+    def prefill(self, tokens: int) -> Callable[[], list[Row]]:
+        """What makes the rows of one length."""
+        return lambda: self._compare("prefill", tokens)
+
+    def decode(self) -> Callable[[], list[Row]]:
+        """What makes the rows of tokens one by one."""
+        return lambda: self._compare("decode", _models.NEW_TOKENS)
+
+    def _open(self) -> None:
+        if ModelBench.held is self:
+            return
+        if ModelBench.held is not None:
+            ModelBench.held._sides = []
+        release(self.asked.device)
+        ModelBench.held = self
+        model = _models.build(self.name, self.dtype, self.asked.device, self.asked.seed)
+        self._sides = _models.sides(self.name, model, self.asked.backends, self.asked.seed)
+        if self.name in _models.METHODS:
+            self._verdicts = dict.fromkeys((side.name for side in self._sides), None)
+            return
+        judge = _models.Judge(self.name, model, self.asked.device, self.asked.seed)
+        for side in self._sides:
+            try:
+                self._verdicts[side.name] = judge.verdict(side)
+            except Exception as error:
+                self._verdicts[side.name] = reason(error)
+        del judge
+        release(self.asked.device)
+
+    def _compare(self, task: str, tokens: int) -> list[Row]:
+        self._open()
+        length = tokens if task == "prefill" else _models.PROMPT
+        ids = _models.prompt_of(length, self.asked.device, self.asked.seed)
+        rows, contestants = [], []
+        for side in self._sides:
+            if side.name == "transformers" and length > self.asked.stock_up_to:
+                continue
+            row: Row = {
+                "case": f"{self.name} {task}", "side": side.name, "tokens": tokens, "batch": 1,
+                "dtype": _dtype(self.dtype),
+            }  # fmt: skip
+            verdict = self._verdicts[side.name]
+            row |= {} if verdict is None else _judged(verdict, side.ours)
+            rows.append(row)
+            call = self._call(side, task, ids)
+            contestants.append(Contestant(side.name, call, failed=row.get("failed")))
+        compare(contestants, self.asked.device, self.asked.seconds)
+        for row, contestant in zip(rows, contestants, strict=True):
+            seconds, unit = (1.0, "s") if task == "prefill" else (1e-3 * tokens, "ms a token")
+            _finish(row, contestant, seconds, unit)
+        return rows
+
+    def _call(self, side: _models.Side, task: str, ids: torch.Tensor) -> Callable[[int], Any]:
+        run = side.prefill if task == "prefill" else side.decode
+
+        def call(index: int) -> Any:
+            assert run is not None
+            with side.during(), torch.inference_mode():
+                found = run(ids)
+            wait(self.asked.device)
+            return found
+
+        return call
+
+
+def chosen(given: str, known: Sequence[str], what: str) -> list[str]:
+    """Names of a list with commas; "all" and "none" are lists, too.
+
+    Raises:
+        WidefieldError: for a name that is not known.
+    """
+    if given in ("all", "none"):
+        return list(known) if given == "all" else []
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, ("all", "none", *known))
+    return names
+
+
+def earlier(path: Path | None, resume: bool, head: Row) -> list[Row]:
+    """The rows that are there.
+
+    Raises:
+        WidefieldError: if they were measured on something else.
+    """
+    if not resume or path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key in SAME:
+        if found.get(key) != head.get(key):
+            raise WidefieldError(
+                f"--resume: {path} has {key} {found.get(key)}, expected {head.get(key)}: "
+                "give another --out"
+            )
+    return found["rows"]
+
+
+def told(row: Row) -> str:
+    """A row on one line."""
+    label = f"{row['case']:<24} {length_label(row['tokens']):>5}  {row['side']:<28}"
+    if "failed" in row:
+        return f"{label} {row['failed']}"
+    peak = f"  {row['peak_megabytes']:9.0f} MB" if "peak_megabytes" in row else ""
+    return f"{label} {row['p50']:11.4f} {row['unit']}{peak}"
+
+
+def run_all(jobs: Sequence[Job], head: Row, rows: list[Row], out: Path | None) -> None:
+    """Run what is missing; rows are kept after every job."""
+    there = {(row["case"], row["tokens"]) for row in rows}
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=len(jobs))
+        for job in jobs:
+            bar.update(task, description=f"{job.case} at {length_label(job.tokens)}")
+            if (job.case, job.tokens) not in there:
+                new = _rows_of(job)
+                for row in new:
+                    print(told(row), flush=True)
+                rows += new
+                if out is not None:
+                    write_rows(out, head | {"rows": rows})
+            bar.advance(task)
+
+
+def _rows_of(job: Job) -> list[Row]:
+    """A job's rows; one row where it could not even begin."""
+    try:
+        return job.run()
+    except BrokenDevice:
+        raise
+    except Exception as error:
+        return [{"case": job.case, "side": "all", "tokens": job.tokens, "failed": reason(error)}]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    known = [op.name for op in _ops.all_ops(["default"])]
+    parser.add_argument("--ops", default="all", help=f"all, none, or of {', '.join(known)}")
+    models = ", ".join(_models.NAMES)
+    parser.add_argument("--models", default="all", help=f"all, none, or of {models}")
+    parser.add_argument("--lengths", help="tokens, e.g. 8k,64k; by default each one's own")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
+    parser.add_argument("--resume", action="store_true", help="skip the rows that --out has")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=2.0, help="budget of one comparison")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backends", default="default", help="of our side, e.g. default,nvrtc")
+    parser.add_argument("--stock-up-to", type=int, default=8192, help="tokens; longer without it")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    asked = Settings(
+        device=torch.device(args.device), seed=args.seed, seconds=args.seconds,
+        backends=args.backends.split(","), stock_up_to=args.stock_up_to,
+        lengths=tuple(parse_lengths(args.lengths)) if args.lengths else None,
+    )  # fmt: skip
+    known = [op.name for op in _ops.all_ops(["default"])]
+    jobs = [
+        *op_jobs(chosen(args.ops, known, "op"), asked),
+        *model_jobs(chosen(args.models, _models.NAMES, "model"), asked),
+    ]
+    head = environment("benchmarks.run", asked.device, asked.seed)
+    rows = earlier(args.out, args.resume, head)
+    try:
+        run_all(jobs, head, rows, args.out)
+    except (KeyboardInterrupt, BrokenDevice) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"the GPU failed: {error}"
+        kept = f"{len(rows)} rows are kept in {args.out}; --resume goes on" if args.out else ""
+        print(f"{why}: {kept}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WidefieldError as error:
+        sys.exit(f"error: {error}")
