@@ -22,6 +22,7 @@ from widefield import ops
 
 VOCABULARY = 50_280  # a multiple of 8, as mamba-ssm pads it
 CALIBRATED_AT = 2048
+POOL_LAYER = 12
 CHECKED = 1000
 NEW_TOKENS = 128
 PROMPT = 16
@@ -100,9 +101,9 @@ def plain_torch() -> Iterator[None]:
 
 
 def method_of(name: str, model: Any, seed: int) -> wf.LongMamba | wf.DeciMamba:
-    """LongMamba of a calibration on random tokens; DeciMamba as published, pool at layer 12."""
+    """LongMamba of a calibration on random tokens; DeciMamba as published, one pool half-way."""
     if name == "decimamba-130m":
-        return wf.DeciMamba(layers=(12,), base_length=2000)
+        return wf.DeciMamba(layers=(POOL_LAYER,), base_length=2000)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (2, CALIBRATED_AT), generator=generator)
     return wf.LongMamba(wf.calibrate(model, ids, train_length=CALIBRATED_AT))
@@ -187,11 +188,11 @@ def prompt_of(tokens: int, device: torch.device, seed: int) -> Tensor:
 
 
 class Judge:
-    """Holds the sides of a model against the stock model in float32, at `CHECKED` tokens."""
+    """Holds the sides of a model against the stock model in float64, at `CHECKED` tokens."""
 
     def __init__(self, name: str, model: Any, device: torch.device, seed: int) -> None:
         self.ids = prompt_of(CHECKED, device, seed)
-        exact = build(name, torch.float32, device, seed)
+        exact = build(name, torch.float64, device, seed)
         exact.load_state_dict(model.state_dict())
         with plain_torch(), torch.inference_mode():
             self.truth = hf_prefill(exact, self.ids).double()

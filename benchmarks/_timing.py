@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ class Contestant:
     Attributes:
         name: as the rows call it.
         call: runs it once on the inputs of one number; sets of inputs are used in turn.
+        during: what must hold while it runs; entered before the clock starts.
+        alone: on a GPU, wait before each run, so that the host's own time counts, too.
         seconds: of each timed run.
         peak_megabytes: torch's memory at the peak of one run, inputs and weights included.
         failed: why there are no times.
@@ -30,6 +33,8 @@ class Contestant:
 
     name: str
     call: Callable[[int], Any]
+    during: Callable[[], AbstractContextManager[Any]] = nullcontext
+    alone: bool = False
     seconds: list[float] = field(default_factory=list)
     peak_megabytes: float | None = None
     failed: str | None = None
@@ -44,8 +49,8 @@ def compare(sides: Sequence[Contestant], device: torch.device, budget: float) ->
 
     Args:
         sides: filled in.
-        device: where they run. On a GPU a run is timed between two events, so that for short
-            kernels the time of the host is hidden behind the run before.
+        device: where they run. On a GPU a run is timed between two events, so that the host's time
+            for short kernels is hidden behind the run before.
         budget: seconds for all sides together, after the first two runs of each.
 
     Raises:
@@ -72,14 +77,15 @@ def _try(side: Contestant, device: torch.device) -> float | None:
     if side.failed is not None:
         return None
     try:
-        side.call(0)
-        wait(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        side.call(0)
-        wait(device)
-        seconds = time.perf_counter() - start
+        with side.during():
+            side.call(0)
+            wait(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            side.call(0)
+            wait(device)
+            seconds = time.perf_counter() - start
     except Exception as error:
         side.failed = reason(error)
         release(device)
@@ -91,16 +97,20 @@ def _try(side: Contestant, device: torch.device) -> float | None:
 
 def _events(side: Contestant, index: int) -> Callable[[], float]:
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    side.call(index)
-    after.record()
+    with side.during():
+        if side.alone:
+            torch.cuda.synchronize()
+        before.record()
+        side.call(index)
+        after.record()
     return lambda: before.elapsed_time(after) / 1e3
 
 
 def _wall(side: Contestant, index: int) -> Callable[[], float]:
-    start = time.perf_counter()
-    side.call(index)
-    seconds = time.perf_counter() - start
+    with side.during():
+        start = time.perf_counter()
+        side.call(index)
+        seconds = time.perf_counter() - start
     return lambda: seconds
 
 

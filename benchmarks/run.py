@@ -6,7 +6,7 @@
 
 All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
 of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
-compared with the reference in float64, a model's logits with stock transformers in float32, and may
+compared with the reference in float64, a model's logits with stock transformers in float64, and may
 be at most twice as far off as the reference in the inputs' own dtype. Others are timed in any case;
 their rows say how far they are off. A side that fails or runs out of memory is a row that says so.
 
@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import _models, _ops
 from benchmarks._common import environment, write_rows
-from benchmarks._timing import BrokenDevice, Contestant, compare, reason, release, times, wait
+from benchmarks._timing import BrokenDevice, Contestant, compare, reason, release, times
 from widefield.errors import WidefieldError, unknown
 from widefield.evaluation.grid import length_label, parse_lengths
 
@@ -237,7 +237,8 @@ class ModelBench:
             row |= {} if verdict is None else _judged(verdict, side.ours)
             rows.append(row)
             call = self._call(side, task, ids)
-            contestants.append(Contestant(side.name, call, failed=row.get("failed")))
+            failed = row.get("failed")
+            contestants.append(Contestant(side.name, call, side.during, alone=True, failed=failed))
         compare(contestants, self.asked.device, self.asked.seconds)
         for row, contestant in zip(rows, contestants, strict=True):
             seconds, unit = (1.0, "s") if task == "prefill" else (1e-3 * tokens, "ms a token")
@@ -249,10 +250,8 @@ class ModelBench:
 
         def call(index: int) -> Any:
             assert run is not None
-            with side.during(), torch.inference_mode():
-                found = run(ids)
-            wait(self.asked.device)
-            return found
+            with torch.inference_mode():
+                return run(ids)
 
         return call
 

@@ -1,0 +1,151 @@
+"""`benchmarks.run` on tiny shapes: what is timed, what is refused, what an interrupt leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import _models, _ops, run
+from widefield import ops
+from widefield.errors import WidefieldError
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {
+        "mamba-130m": TINY | {"state_size": 16},
+        "mamba2-130m": TINY | _models._MAMBA2 | {"num_heads": 2, "head_dim": 32},
+    }
+    monkeypatch.setattr(_models, "SHAPES", shapes)
+    monkeypatch.setattr(_models, "VOCABULARY", 128)
+    monkeypatch.setattr(_models, "CHECKED", 40)
+    monkeypatch.setattr(_models, "NEW_TOKENS", 3)
+    monkeypatch.setattr(_models, "CALIBRATED_AT", 32)
+    monkeypatch.setattr(_models, "POOL_LAYER", 1)
+    monkeypatch.setattr(_ops, "CHECKED", 40)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> list[dict[str, Any]]:
+    options = ["--device", "cpu", "--seconds", "0.01", "--out", str(out), *args]
+    monkeypatch.setattr(sys, "argv", ["run", *options])
+    assert run.main() == 0
+    return json.loads(out.read_text())["rows"]
+
+
+def test_each_op_is_judged_and_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "scan,scan-floor,ssd-130m,conv,scan-step,ssd-step"
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", names, "--lengths", "24"
+    )
+    assert {row["case"] for row in rows} == set(names.split(","))
+    for row in rows:
+        assert "failed" not in row and row["error"] <= row["allowed"]
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"] and row["runs"] >= 3
+
+
+def test_gradients_are_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ops, "CHECKED_BACKWARD", 12)
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", "scan-backward",
+        "--lengths", "2",
+    )  # fmt: skip
+    assert "failed" not in rows[0] and rows[0]["batch"] == 64
+
+
+def test_a_wrong_kernel_is_not_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ops.causal_conv1d
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        y, state = right(*args, **options)
+        return y + 1e-3, state
+
+    monkeypatch.setattr(ops, "causal_conv1d", wrong)
+    (row,) = bench(
+        monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", "conv", "--lengths", "24"
+    )
+    assert "p50" not in row and "not timed" in row["failed"] and row["worst"] == "y"
+
+
+def test_nan_is_never_right() -> None:
+    assert not _ops.Verdict("y", float("nan"), 1.0).right
+
+
+def test_models_are_timed_beside_stock_transformers(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--ops", "none", "--lengths", "16,24",
+        "--models", "mamba-130m,mamba2-130m,decimamba-130m,longmamba-130m", "--stock-up-to", "16",
+    )  # fmt: skip
+    assert not [row for row in rows if "failed" in row]
+    found = {(row["case"], row["tokens"], row["side"]) for row in rows}
+    assert ("mamba-130m prefill", 16, "transformers") in found
+    assert ("mamba-130m prefill", 24, "transformers") not in found
+    assert ("decimamba-130m prefill", 24, "widefield") in found
+    assert ("mamba2-130m decode", 3, "widefield") in found
+
+
+def test_one_sides_failure_is_a_row_and_the_others_are_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, side: Any, task: str, ids: torch.Tensor) -> Any:
+        def call(index: int) -> None:
+            if side.name == "transformers":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+        return call
+
+    monkeypatch.setattr(run.ModelBench, "_call", full)
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--ops", "none", "--models", "mamba-130m",
+        "--lengths", "16",
+    )  # fmt: skip
+    failed = {row["side"]: row.get("failed") for row in rows}
+    assert failed == {"widefield": None, "transformers": "out of memory"}
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    asked = ["--models", "none", "--ops", "conv,scan-step", "--lengths", "24"]
+    whole, ran = run._rows_of, []
+
+    def stopped(job: run.Job) -> list[run.Row]:
+        if job.case == "scan-step":
+            raise KeyboardInterrupt
+        return whole(job)
+
+    monkeypatch.setattr(run, "_rows_of", stopped)
+    monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", "--out", str(out), *asked])
+    assert run.main() == 130
+    assert "--resume goes on" in capsys.readouterr().err
+
+    monkeypatch.setattr(run, "_rows_of", lambda job: ran.append(job.case) or whole(job))
+    rows = bench(monkeypatch, out, "--resume", *asked)
+    assert ran == ["scan-step"] and [row["case"] for row in rows] == ["conv", "scan-step"]
+
+
+def test_rows_of_another_seed_are_not_mixed_in(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--models", "none", "--ops", "conv", "--lengths", "24"]
+    bench(monkeypatch, tmp_path / "r.json", *asked)
+    with pytest.raises(WidefieldError, match="seed 0, expected 1"):
+        bench(monkeypatch, tmp_path / "r.json", *asked, "--resume", "--seed", "1")
+
+
+def test_an_unknown_op_is_one_line() -> None:
+    with pytest.raises(WidefieldError, match="scan"):
+        run.chosen("scann", ["scan", "conv"], "op")
