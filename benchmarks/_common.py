@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
+import widefield
+from widefield.evaluation.results import write_atomically
+
 PACKAGES = (
-    "widefield", "torch", "transformers", "numba", "numpy", "triton", "cuda-bindings",
+    "torch", "transformers", "numba", "numpy", "triton", "cuda-bindings",
     "nvidia-cuda-nvrtc", "mamba-ssm", "causal-conv1d", "kernels",
 )  # fmt: skip
 
@@ -50,11 +53,16 @@ def environment(module: str, device: torch.device, seed: int) -> dict[str, Any]:
     """The head of a result file: command, device and versions."""
     return {
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
+        "versions": _versions(),
         "system": platform.platform(),
         "seed": seed,
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
+
+
+def _versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version(), "widefield": widefield.__version__}
+    return found | {p: installed(p) for p in PACKAGES}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -101,7 +109,4 @@ def peak_bytes(device: torch.device) -> int:
 
 def write_rows(path: Path, content: dict[str, Any]) -> None:
     """Replace a result file at once, so that an interrupted run leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -20,7 +20,7 @@ from widefield.errors import WidefieldError
 
 __all__ = ["build", "main", "run"]
 
-VERBS = ("demo", "eval", "calibrate", "generate", "info", "convert", "tune", "train")
+VERBS = ("demo", "eval", "bench", "calibrate", "generate", "info", "convert", "tune", "train")
 """Verbs in the order of the help page. One whose module is missing is left out."""
 
 INTERRUPTED = 130

@@ -105,7 +105,7 @@ def results_folder(path: Path, fresh: bool) -> Path:
     return path
 
 
-def out_folder(path: Path) -> Path:
+def out_folder(path: Path, option: str = "--out") -> Path:
     """A folder that results can be written to, checked before a long run and not made yet.
 
     Raises:
@@ -114,9 +114,9 @@ def out_folder(path: Path) -> Path:
     path = path.expanduser()
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise WidefieldError(f"--out {path}: {there} is a file; give a folder")
+        raise WidefieldError(f"{option} {path}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise WidefieldError(f"--out {path}: {there} cannot be written to; give another folder")
+        raise WidefieldError(f"{option} {path}: {there} cannot be written to; give another folder")
     return path
 
 
@@ -132,20 +132,21 @@ def new_folder(path: Path) -> Path:
     return path
 
 
-def out_file(path: Path, suffix: str) -> Path:
+def out_file(path: Path, suffix: str, option: str = "--out") -> Path:
     """A file that a result can be written to, checked before a long run; its folder may be missing.
 
     Args:
         path: where the user wants it.
         suffix: how its name must end, dot included.
+        option: how the user named it.
 
     Raises:
         WidefieldError: if it is a folder, ends otherwise, or cannot be written to.
     """
     path = path.expanduser()
     if path.is_dir():
-        raise WidefieldError(f"--out {path} is a folder: give a file, e.g. {path}/out{suffix}")
+        raise WidefieldError(f"{option} {path} is a folder: give a file, e.g. {path}/out{suffix}")
     if path.suffix != suffix:
-        raise WidefieldError(f"--out {path}: expected a name that ends in {suffix}")
-    out_folder(path.parent)
+        raise WidefieldError(f"{option} {path}: expected a name that ends in {suffix}")
+    out_folder(path.parent, option)
     return path

@@ -12,7 +12,15 @@ import torch
 
 from widefield.errors import WidefieldError
 
-__all__ = ["Budget", "Stopwatch", "cell_named", "default_batch_tokens", "run_batches"]
+__all__ = [
+    "Budget",
+    "Stopwatch",
+    "cell_named",
+    "default_batch_tokens",
+    "free_memory",
+    "is_out_of_memory",
+    "run_batches",
+]
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -30,11 +38,12 @@ def default_batch_tokens(model: Any) -> int:
     inner = getattr(config, "intermediate_size", 2 * hidden)
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
     per_token = (4 * hidden + 8 * inner) * (itemsize + 2)
-    tokens = int(_free_memory(model.device) * _SHARE_OF_MEMORY / per_token)
+    tokens = int(free_memory(model.device) * _SHARE_OF_MEMORY / per_token)
     return max(1024, min(tokens, _MOST_TOKENS.get(model.device.type, _MOST_TOKENS["cpu"])))
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; a guess where the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -82,7 +91,7 @@ def run_batches(
             with stopwatch:
                 answers = run(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failed = len(batch)
         else:
@@ -95,7 +104,8 @@ def run_batches(
             _shrink(budget, failed, length)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that there was not enough memory, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

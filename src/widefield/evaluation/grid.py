@@ -14,6 +14,7 @@ __all__ = [
     "UNMODIFIED",
     "BitsGrid",
     "PasskeyGrid",
+    "check_counts",
     "length_label",
     "parse_depths",
     "parse_length",
@@ -48,7 +49,7 @@ class PasskeyGrid:
 
     def __post_init__(self) -> None:
         """Refuse a grid without cells."""
-        _check_counts(self.lengths, trials=self.trials)
+        check_counts(self.lengths, trials=self.trials)
         if not self.depths:
             raise WidefieldError("no depths were given; give at least one between 0 and 1")
         for depth in self.depths:
@@ -75,10 +76,11 @@ class BitsGrid:
 
     def __post_init__(self) -> None:
         """Refuse a grid without cells."""
-        _check_counts(self.lengths, windows=self.windows, last=self.last)
+        check_counts(self.lengths, windows=self.windows, last=self.last)
 
 
-def _check_counts(lengths: tuple[int, ...], **counts: int) -> None:
+def check_counts(lengths: tuple[int, ...], **counts: int) -> None:
+    """Raise `WidefieldError` if there are no lengths, or a named count is below 1."""
     if not lengths:
         raise WidefieldError("no lengths were given; give at least one, e.g. 1k")
     for name, count in counts.items():

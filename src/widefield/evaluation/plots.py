@@ -1,14 +1,14 @@
-"""Pictures of results: heat maps, accuracy by length, and retrieval against its cost in quality."""
+"""Pictures of results: heat maps, accuracy and seconds by length, retrieval against its cost."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,7 +24,16 @@ from widefield.evaluation.results import Cell, Results, write_atomically
 if TYPE_CHECKING:
     from widefield.evaluation.tune import TuneResult, TuneRow
 
-__all__ = ["Point", "display_name", "frontier", "heatmaps", "lines", "tuned_points"]
+__all__ = [
+    "Curve",
+    "Point",
+    "display_name",
+    "frontier",
+    "heatmaps",
+    "lines",
+    "speed",
+    "tuned_points",
+]
 
 _DPI = 150
 _INK, _MUTED, _GRID, _MARK = "#1f2933", "#5f6b76", "#d9dee3", "#c2185b"
@@ -39,6 +48,7 @@ _SERIES = (
     ("#56b4e9", "P"),
     ("#000000", "X"),
 )
+_FLOORS = ((0, (5, 3)), (0, (1, 2)))
 _NAMES = {"longmamba": "LongMamba", "decimamba": "DeciMamba"}
 _LABEL_SPOTS = (
     ((9, 0), "left", "center"),
@@ -300,6 +310,69 @@ def lines(
     _legend(axes)
     _headings(figure, title or "Passkey retrieval by length", _subtitle(results, cells), 0.8)
     return _write(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line in a `speed` picture.
+
+    Attributes:
+        name: in the legend.
+        seconds: by length in tokens.
+        floor: a bound that nothing can beat, drawn thin, grey and dashed.
+    """
+
+    name: str
+    seconds: Mapping[int, float]
+    floor: bool = False
+
+
+def speed(
+    curves: Sequence[Curve],
+    path: str | Path,
+    title: str = "Seconds of a prefill by length",
+    subtitle: str = "",
+) -> Path:
+    """Seconds against length, both logarithmic, one line a side and one a floor.
+
+    Args:
+        curves: at least one length each; a side may stop before the others do.
+        path: of the PNG; written atomically.
+        title: over everything.
+        subtitle: below it.
+
+    Returns:
+        The path.
+
+    Raises:
+        WidefieldError: if there is nothing to draw, or the file cannot be written.
+    """
+    curves = [curve for curve in curves if curve.seconds]
+    if not curves:
+        raise WidefieldError("there is nothing to draw: no length has been measured yet")
+    figure, axes = _chart()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for i, curve in enumerate(c for c in curves if not c.floor):
+        colour, marker = _SERIES[i % len(_SERIES)]
+        look = {"color": colour, "marker": marker, "linewidth": 2, "markersize": 6, "zorder": 3}
+        _plot_curve(axes, curve, **look)
+    for i, curve in enumerate(c for c in curves if c.floor):
+        _plot_curve(axes, curve, color=_MUTED, linewidth=1.3, linestyle=_FLOORS[i % len(_FLOORS)])
+    lengths = sorted({length for curve in curves for length in curve.seconds})
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("length in tokens (k = 1,024)", fontsize=9, color=_INK)
+    axes.set_ylabel("seconds", fontsize=9, color=_INK)
+    _legend(axes)
+    _headings(figure, title, subtitle, 0.8)
+    return _write(figure, path)
+
+
+def _plot_curve(axes: Axes, curve: Curve, **look: Any) -> None:
+    lengths = sorted(curve.seconds)
+    axes.plot(lengths, [curve.seconds[n] for n in lengths], label=curve.name, **look)
 
 
 def tuned_points(result: TuneResult) -> list[Point]:

@@ -1,0 +1,299 @@
+"""How fast a model reads and writes: seconds and memory of a prefill by length, tokens a second.
+
+Sides are measured in turn, in one process, on the same random tokens: what slows the machine down
+for a while slows all of them down.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.errors import WidefieldError
+from widefield.evaluation.batches import Stopwatch, free_memory, is_out_of_memory
+from widefield.evaluation.grid import check_counts, length_label
+from widefield.extension import extended
+from widefield.methods.base import Method
+
+__all__ = ["STOCK", "Side", "SpeedGrid", "Timing", "measure_speed"]
+
+STOCK = "stock"
+_PROMPT = 16  # tokens before those that are generated
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way to run the model.
+
+    Attributes:
+        name: what the results call it.
+        methods: put on for the run; none = the unmodified model on widefield's kernels; None = the
+            model as transformers has it.
+    """
+
+    name: str
+    methods: tuple[Method, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedGrid:
+    """What is measured.
+
+    Attributes:
+        lengths: prompts, in tokens.
+        repeats: runs of each, after one that is not counted.
+        new_tokens: how many are generated, one by one; 0 for none.
+        limit: seconds: a side whose next prompt would take longer is left out from there on.
+        seed: of the tokens.
+
+    Raises:
+        WidefieldError: for a number out of range.
+    """
+
+    lengths: tuple[int, ...]
+    repeats: int = 3
+    new_tokens: int = 64
+    limit: float = 60.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a grid without runs."""
+        check_counts(self.lengths, repeats=self.repeats)
+        if self.new_tokens < 0:
+            raise WidefieldError(f"new_tokens is {self.new_tokens}; give 0 for none, or more")
+        if not self.limit > 0:
+            raise WidefieldError(f"limit is {self.limit}; give seconds above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one side took for one thing.
+
+    Attributes:
+        side: its name.
+        task: "prefill" or "decode".
+        tokens: of the prompt, or those that were generated.
+        seconds: of each run; empty where there was none.
+        peak_bytes: most memory beyond the loaded model in a prefill; None where the system does not
+            say.
+        failed: why there was no run, or None.
+    """
+
+    side: str
+    task: str
+    tokens: int
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    failed: str | None = None
+
+    @property
+    def median(self) -> float:
+        """The run in the middle; NaN where there was none."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """A record for a results file."""
+        record: dict[str, Any] = {"side": self.side, "task": self.task, "tokens": self.tokens}
+        if self.failed is not None:
+            return record | {"failed": self.failed}
+        record |= {"median_seconds": self.median, "seconds": list(self.seconds)}
+        return record | {"peak_bytes": self.peak_bytes}
+
+
+OnTiming = Callable[[Timing], None]
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: Any, sides: Sequence[Side], grid: SpeedGrid, on_timing: OnTiming | None = None
+) -> list[Timing]:
+    """Measure every side at every length, shortest first, then tokens one by one.
+
+    A side that runs out of memory, or would take longer than the limit, is left out at greater
+    lengths; the others go on.
+
+    Args:
+        model: of transformers, with a language-model head, not extended; left as it was.
+        sides: in the order in which they take their turns.
+        grid: what is measured.
+        on_timing: called with every result as soon as it is known.
+    """
+    tell = on_timing or (lambda timing: None)
+    bench = _Bench(model, grid)
+    found: list[Timing] = []
+    for length in sorted(grid.lengths):
+        for timing in bench.prefills(sides, length):
+            found.append(timing)
+            tell(timing)
+    if grid.new_tokens:
+        for timing in bench.decodes(sides):
+            found.append(timing)
+            tell(timing)
+    return found
+
+
+class _Bench:
+    """One model, and what is known so far of how its sides grow with length."""
+
+    def __init__(self, model: Any, grid: SpeedGrid) -> None:
+        self.model, self.grid = model, grid
+        self.device = torch.device(model.device)
+        self.memory = _Memory(self.device)
+        self._last: dict[str, Timing] = {}
+
+    def prefills(self, sides: Sequence[Side], length: int) -> Iterator[Timing]:
+        """One timing a side; each round runs every side once."""
+        ids = self._ids(length)
+        failed = {side.name: self._hopeless(side, length) for side in sides}
+        runs: dict[str, list[float]] = {side.name: [] for side in sides}
+        peaks: dict[str, int | None] = {}
+        for turn in range(1 + self.grid.repeats):
+            for side in sides:
+                if failed[side.name] is None:
+                    with _failures(failed, side.name, self.device):
+                        seconds, peak = self._prefill(side, ids, watch=turn == 1)
+                        if turn == 1:  # compilers have had their memory
+                            peaks[side.name] = peak
+                        runs[side.name] += [seconds] if turn else []
+        for side in sides:
+            timing = Timing(
+                side.name, "prefill", length, tuple(runs[side.name]), peaks.get(side.name),
+                failed[side.name],
+            )  # fmt: skip
+            self._last[side.name] = timing
+            yield timing
+
+    def decodes(self, sides: Sequence[Side]) -> Iterator[Timing]:
+        """Seconds of the new tokens of one row behind a short prompt."""
+        failed: dict[str, str | None] = {side.name: None for side in sides}
+        runs: dict[str, list[float]] = {side.name: [] for side in sides}
+        for turn in range(1 + self.grid.repeats):
+            for side in sides:
+                if failed[side.name] is None:
+                    with _failures(failed, side.name, self.device):
+                        # What is compiled at the first step is the same for any number of them.
+                        seconds = self._decode(side, self.grid.new_tokens if turn else 2)
+                        runs[side.name] += [seconds] if turn else []
+        for side in sides:
+            taken = tuple(runs[side.name])
+            yield Timing(side.name, "decode", self.grid.new_tokens, taken, failed=failed[side.name])
+
+    def _ids(self, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.grid.seed)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.randint(vocabulary, (1, length), generator=generator).to(self.device)
+
+    def _prefill(self, side: Side, ids: Tensor, watch: bool) -> tuple[float, int | None]:
+        """Seconds, and the peak of memory if it is to be watched."""
+        with self._on(side):
+            stopwatch = Stopwatch(self.device)
+            with self.memory.watched(watch) as peak, stopwatch:
+                self.model(ids, logits_to_keep=1, use_cache=True)
+            return stopwatch.seconds, peak()
+
+    def _decode(self, side: Side, tokens: int) -> float:
+        ids = self._ids(_PROMPT)
+        with self._on(side):
+            stopwatch = Stopwatch(self.device)
+            with stopwatch:
+                self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                    min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+            return stopwatch.seconds
+
+    @contextmanager
+    def _on(self, side: Side) -> Iterator[None]:
+        if side.methods is None:
+            yield
+            return
+        with extended(self.model, *side.methods):
+            yield
+
+    def _hopeless(self, side: Side, length: int) -> str | None:
+        """Why a side is not tried at this length, judged by its last one."""
+        last = self._last.get(side.name)
+        if last is None:
+            return None
+        if last.failed is not None:
+            return last.failed
+        factor = length / last.tokens
+        if last.median * factor > self.grid.limit:
+            return f"over {self.grid.limit:.0f} s"
+        if last.peak_bytes is not None and last.peak_bytes * factor > free_memory(self.device):
+            return f"out of memory from {length_label(length)} on"
+        return None
+
+
+@contextmanager
+def _failures(failed: dict[str, str | None], side: str, device: torch.device) -> Iterator[None]:
+    """Note that a side ran out of memory; anything else is a bug and is raised."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        failed[side] = "out of memory"
+    if failed[side] is not None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Memory:
+    """The most memory in use during a run, beyond what the loaded model takes.
+
+    On a GPU, torch's own count. On a CPU, the resident set of the process, whose peak Linux lets a
+    process reset; elsewhere nobody knows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = self._now()
+
+    def _now(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _status("VmRSS")
+
+    def _reset(self) -> bool:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return False
+        return self.device.type == "cpu"
+
+    @contextmanager
+    def watched(self, wanted: bool) -> Iterator[Callable[[], int | None]]:
+        """Yields a function that tells the peak since then, in bytes; None where unknown."""
+        known = wanted and self._reset()
+
+        def peak() -> int | None:
+            if not known or self.before is None:
+                return None
+            if self.device.type == "cuda":
+                return torch.cuda.max_memory_allocated(self.device) - self.before
+            most = _status("VmHWM")
+            return None if most is None else max(0, most - self.before)
+
+        yield peak
+
+
+def _status(name: str) -> int | None:
+    """A size of this process, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
