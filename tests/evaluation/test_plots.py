@@ -8,7 +8,15 @@ import pytest
 from matplotlib.image import imread
 
 from widefield.errors import WidefieldError
-from widefield.evaluation.plots import Point, display_name, frontier, heatmaps, lines
+from widefield.evaluation.plots import (
+    Curve,
+    Point,
+    display_name,
+    frontier,
+    heatmaps,
+    lines,
+    speed,
+)
 from widefield.evaluation.results import Cell, Results
 
 
@@ -68,3 +76,14 @@ def test_nothing_measured_is_nothing_to_draw(tmp_path: Path) -> None:
 def test_methods_are_named_as_their_papers_name_them() -> None:
     assert display_name("longmamba+decimamba") == "LongMamba + DeciMamba"
     assert display_name("unmodified") == "Unmodified"
+
+
+def test_seconds_by_length_are_drawn_with_their_floors(tmp_path: Path) -> None:
+    curves = [
+        Curve("ours", {8192: 0.02, 65_536: 0.08, 524_288: 0.6}),
+        Curve("theirs", {8192: 0.03}),
+        Curve("memory", {8192: 1e-5, 524_288: 1e-3}, floor=True),
+    ]
+    assert speed(curves, tmp_path / "speed.png", subtitle="one GPU").stat().st_size > 5000
+    with pytest.raises(WidefieldError, match="nothing to draw"):
+        speed([Curve("ours", {})], tmp_path / "none.png")

@@ -361,7 +361,7 @@ def speed(
         _plot_curve(axes, curve, color=_MUTED, linewidth=1.3, linestyle=_FLOORS[i % len(_FLOORS)])
     lengths = sorted({length for curve in curves for length in curve.seconds})
     axes.set_xticks(lengths, [length_label(length) for length in lengths])
-    axes.xaxis.minorticks_off()
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("length in tokens (k = 1,024)", fontsize=9, color=_INK)
     axes.set_ylabel("seconds", fontsize=9, color=_INK)

@@ -1,0 +1,106 @@
+"""`widefield bench`: what it measures, what it leaves out, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import CommandLine
+from widefield.evaluation import speed
+from widefield.evaluation.speed import Side
+
+QUICK = ("--lengths", "64,128", "--repeats", "1", "--new-tokens", "2")
+
+
+def test_every_side_is_measured_at_every_length(wf: CommandLine, tmp_path: Path) -> None:
+    out, plot = tmp_path / "new" / "speed.json", tmp_path / "speed.png"
+    done = wf("bench", *QUICK, "--out", out, "--plot", plot)
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    # The tiny checkpoint has measured options of both methods.
+    sides = ("stock", "unmodified", "longmamba", "decimamba")
+    expected = {(side, "prefill", n) for side in sides for n in (64, 128)}
+    expected |= {(side, "decode", 2) for side in sides}
+    assert {(r["side"], r["task"], r["tokens"]) for r in found["rows"]} == expected
+    assert all(row["median_seconds"] > 0 for row in found["rows"])
+    assert found["header"]["subjects"]["longmamba"]["methods"]
+    assert plot.stat().st_size > 5000 and str(plot) in done.out
+    assert "transformers" in done.out and "×" in done.out
+
+
+def test_the_methods_can_be_named_and_set(wf: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    done = wf(
+        "bench", "--lengths", "64", "--repeats", "1", "--new-tokens", "0", "--no-stock",
+        "--method", "decimamba", "--set", "decimamba.base_length=32", "--out", out,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    assert [row["side"] for row in found["rows"]] == ["decimamba"]
+    options = found["header"]["subjects"]["decimamba"]["methods"]["decimamba"]
+    assert options["base_length"] == 32
+
+
+def test_a_side_that_would_take_too_long_is_left_out_and_the_others_go_on(
+    wf: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = speed._Bench._prefill
+
+    def slow(self: Any, side: Side, ids: Any, watch: bool) -> Any:
+        seconds, peak = prefill(self, side, ids, watch)
+        return (100.0, peak) if side.methods is None else (seconds, peak)
+
+    monkeypatch.setattr(speed._Bench, "_prefill", slow)
+    done = wf("bench", *QUICK, "--method", "unmodified")
+    assert done.code == 0 and "transformers, 128 tokens: over 60 s" in done.out
+    assert "widefield, 128 tokens: 0." in done.out
+
+
+def test_a_side_without_memory_is_a_line_and_the_others_go_on(
+    wf: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = speed._Bench._prefill
+
+    def full(self: Any, side: Side, ids: Any, watch: bool) -> Any:
+        if side.methods is None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return prefill(self, side, ids, watch)
+
+    monkeypatch.setattr(speed._Bench, "_prefill", full)
+    done = wf("bench", *QUICK, "--method", "unmodified")
+    assert done.code == 0 and done.out.count("transformers, 64 tokens: out of memory") == 1
+    assert "widefield, 64 tokens: 0." in done.out
+
+
+def test_an_interrupt_tells_what_is_kept(
+    wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed._Bench, "decodes", stop)
+    out = tmp_path / "speed.json"
+    done = wf("bench", *QUICK, "--method", "unmodified", "--out", out)
+    assert done.code == 130 and f"4 results are kept in {out}" in done.err
+    assert len(json.loads(out.read_text())["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--repeats", "0"), "--repeats 0"),
+        (("--limit", "0"), "limit is 0.0"),
+        (("--new-tokens", "-1"), "new_tokens is -1"),
+        (("--lengths", "1x"), "'1x' is not a length"),
+        (("--out", "speed.txt"), "ends in .json"),
+        (("--plot", "speed.pdf"), "--plot speed.pdf: expected a name that ends in .png"),
+        (("--method", "longmambo"), "longmambo"),
+        (("--set", "longmamba.clamp_sahre=0.1"), "clamp_sahre"),
+    ],
+)
+def test_bad_input_is_one_line(wf: CommandLine, args: tuple[str, ...], told: str) -> None:
+    done = wf("bench", *args)
+    assert done.code == 2 and told in done.err and done.err.count("\n") == 1
