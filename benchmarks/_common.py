@@ -40,13 +40,21 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def driver() -> str | None:
-    """Version of the GPU's driver; None where it cannot be asked."""
+def _asked(*fields: str) -> list[str | None]:
+    """What nvidia-smi says of the first GPU; Nones where it cannot be asked."""
     if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return [None] * len(fields)
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return done.stdout.split("\n")[0].strip() or None
+    answers = [part.strip() for part in done.stdout.split("\n")[0].split(",")]
+    return [*answers] if len(answers) == len(fields) else [None] * len(fields)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def environment(module: str, device: torch.device, seed: int) -> dict[str, Any]:
@@ -66,12 +74,18 @@ def _versions() -> dict[str, str | None]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    """Its name and what its bounds are made of: at its highest clocks, whatever they are now."""
     found = torch.cuda.get_device_properties(device)
+    driver, clock, memory = _asked("driver_version", "clocks.max.sm", "clocks.max.memory")
+    megahertz, bits = _number(memory), getattr(found, "memory_bus_width", None)
+    known = megahertz is not None and bits is not None
     return {
         "device": found.name,
-        "driver": driver(),
+        "driver": driver,
         "cuda": torch.version.cuda,
         "multiprocessors": found.multi_processor_count,
+        "megahertz": _number(clock),
+        "gigabytes_per_second": round(2 * megahertz * bits / 8e3) if known else None,
         "gigabytes": round(found.total_memory / 1e9, 1),
     }
 
