@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,15 +45,15 @@ class Side:
 
     Attributes:
         name: as the rows call it.
-        prefill: ids (1, L) to the logits of the last token.
-        decode: prompt ids to the ids with `NEW_TOKENS` more, or None.
+        prefill: ids (1, L) to the logits of the last token; None where another side does the same.
+        decode: prompt ids to the ids with `NEW_TOKENS` more.
         during: what must hold while it runs.
         ours: whether it must be exact to be timed at all.
     """
 
     name: str
-    prefill: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor] | None
+    prefill: Callable[[Tensor], Tensor] | None
+    decode: Callable[[Tensor], Tensor]
     during: Callable[[], AbstractContextManager[Any]]
     ours: bool = True
 
@@ -113,6 +114,8 @@ def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
     """Everybody who can run this model here, ours first."""
     methods = (method_of(name, model, seed),) if name in METHODS else ()
     found = [_ours(model, methods, backend) for backend in backends]
+    if model.device.type == "cuda" and name not in METHODS:
+        found.append(_graphed(found[0]))
     if name in METHODS:
         return found
     there = importlib.util.find_spec("mamba_ssm") is not None and torch.cuda.is_available()
@@ -124,15 +127,21 @@ def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
 
 
 def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
-    @contextmanager
-    def during() -> Iterator[None]:
-        chosen = nullcontext() if backend == "default" else ops.use_backend(backend)  # type: ignore[arg-type]
-        with chosen, wf.extended(model, *methods):
-            yield
+    """A twin that stays extended, with the same weights."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    own = wf.extend(copy.deepcopy(model, shared), *methods)
+
+    def during() -> AbstractContextManager[Any]:
+        return nullcontext() if backend == "default" else ops.use_backend(backend)  # type: ignore[arg-type]
 
     name = "widefield" if backend == "default" else f"widefield {backend}"
-    prefill = functools.partial(hf_prefill, model)
-    return Side(name, prefill, functools.partial(hf_decode, model), during)
+    return Side(name, functools.partial(hf_prefill, own), functools.partial(hf_decode, own), during)
+
+
+def _graphed(side: Side) -> Side:
+    """The same side, decoding through a CUDA graph."""
+    decode = functools.partial(side.decode, cuda_graph=True)
+    return replace(side, name=f"{side.name} graph", prefill=None, decode=decode)
 
 
 def _stock(model: Any, name: str, during: Callable[[], AbstractContextManager[Any]]) -> Side:
@@ -200,5 +209,6 @@ class Judge:
 
     def verdict(self, side: Side) -> Verdict:
         """The error of its logits."""
+        assert side.prefill is not None
         with side.during(), torch.inference_mode():
             return Verdict("logits", error(side.prefill(self.ids), self.truth), self.allowed)

@@ -214,6 +214,9 @@ class ModelBench:
             return
         judge = _models.Judge(self.name, model, self.asked.device, self.asked.seed)
         for side in self._sides:
+            if side.prefill is None:
+                self._verdicts[side.name] = None
+                continue
             try:
                 self._verdicts[side.name] = judge.verdict(side)
             except Exception as error:
@@ -227,7 +230,8 @@ class ModelBench:
         ids = _models.prompt_of(length, self.asked.device, self.asked.seed)
         rows, contestants = [], []
         for side in self._sides:
-            if side.name == "transformers" and length > self.asked.stock_up_to:
+            too_long = side.name == "transformers" and length > self.asked.stock_up_to
+            if too_long or (task == "prefill" and side.prefill is None):
                 continue
             row: Row = {
                 "case": f"{self.name} {task}", "side": side.name, "tokens": tokens, "batch": 1,
