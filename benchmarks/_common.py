@@ -77,15 +77,15 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     """Its name and what its bounds are made of: at its highest clocks, whatever they are now."""
     found = torch.cuda.get_device_properties(device)
     driver, clock, memory = _asked("driver_version", "clocks.max.sm", "clocks.max.memory")
-    megahertz, bits = _number(memory), getattr(found, "memory_bus_width", None)
-    known = megahertz is not None and bits is not None
+    # Two transfers a clock, bits to bytes, MHz to GB/s.
+    bandwidth = (_number(memory) or 0) * getattr(found, "memory_bus_width", 0) * 2 / 8e3
     return {
         "device": found.name,
         "driver": driver,
         "cuda": torch.version.cuda,
         "multiprocessors": found.multi_processor_count,
         "megahertz": _number(clock),
-        "gigabytes_per_second": round(2 * megahertz * bits / 8e3) if known else None,
+        "gigabytes_per_second": round(bandwidth) or None,
         "gigabytes": round(found.total_memory / 1e9, 1),
     }
 

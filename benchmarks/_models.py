@@ -140,7 +140,8 @@ def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
 
 def _graphed(side: Side) -> Side:
     """The same side, decoding through a CUDA graph."""
-    decode = functools.partial(side.decode, cuda_graph=True)
+    options: dict[str, Any] = {"cuda_graph": True}
+    decode = functools.partial(side.decode, **options)
     return replace(side, name=f"{side.name} graph", prefill=None, decode=decode)
 
 

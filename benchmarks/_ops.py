@@ -200,11 +200,9 @@ def _mamba_ssm_step(t: Tensors) -> tuple[Tensor, ...]:
         selective_state_update,
     )
 
-    heads, width = t["x"].shape[1:] if t["x"].ndim == 3 else (None, None)
-    if heads is None:
-        wide = t
-    else:
-        states = t["state"].shape[-1]
+    wide = t
+    if t["x"].ndim == 3:
+        width, states = t["state"].shape[-2:]
         wide = t | {
             "delta": t["delta"][..., None].expand(-1, -1, width),
             "A": t["A"][:, None, None].expand(-1, width, states),

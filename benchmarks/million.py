@@ -40,7 +40,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def prepared(name: str, device: torch.device, seed: int) -> tuple[Any, Any]:
     """A model with its method on, and its tokenizer."""
     if name == RANDOM:
-        return wf.extend(build(RANDOM, seed).to(device)), None
+        model: Any = build(RANDOM, seed)
+        return wf.extend(model.to(device)), None
     checkpoint = CHECKPOINTS[name]
     model, tokenizer, _ = wf.load_bundled(checkpoint, device=device)
     methods = () if name == "unmodified" else (recommended_methods(checkpoint)[name],)

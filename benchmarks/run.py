@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -305,7 +306,7 @@ def told(row: Row) -> str:
 def run_all(jobs: Sequence[Job], head: Row, rows: list[Row], out: Path | None) -> None:
     """Run what is missing; rows are kept after every job."""
     there = {(row["case"], row["tokens"]) for row in rows}
-    console = Console(stderr=True)
+    console, start = Console(stderr=True), time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
@@ -316,7 +317,7 @@ def run_all(jobs: Sequence[Job], head: Row, rows: list[Row], out: Path | None) -
             if (job.case, job.tokens) not in there:
                 new = _rows_of(job)
                 for row in new:
-                    print(told(row), flush=True)
+                    print(f"{time.perf_counter() - start:6.1f} s  {told(row)}", flush=True)
                 rows += new
                 if out is not None:
                     write_rows(out, head | {"rows": rows})
