@@ -48,7 +48,7 @@ pytest: $(DEV)
 # The tests marked triton, without a GPU. Triton takes its choice when kernels are imported, so they
 # run in a process of their own.
 interpreted: $(DEV)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n $(JOBS) --dist worksteal tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n $(JOBS) --dist worksteal
 
 format: $(DEV)
 	$(BIN)/ruff check --fix
