@@ -142,6 +142,15 @@ class Mixer(nn.Module):
         )
         return x if silu else self.act(x), state
 
+    def convolve_one(self, x: Tensor, past: LayerCache) -> Tensor:
+        """The same for one token, x (B, 1, D); the state in the cache goes on."""
+        assert past.conv_state is not None
+        silu = self.activation in _SILU
+        x = ops.causal_conv1d_update(
+            past.conv_state, x[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu
+        )[:, None]
+        return x if silu else self.act(x)
+
     def state_of(self, past: LayerCache | None) -> Tensor | None:
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""
         return None if past is None else past.state

@@ -106,7 +106,7 @@ class Mamba1Mixer(Mixer):
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, H) for one more token a row."""
         x, z = self.project(hidden_states)
-        x, conv_state = self.convolve(x, past.conv_state)
+        x = self.convolve_one(x, past)
         delta, B, C = self.selective_inputs(x)
         state = self.state_of(past)
         assert state is not None
@@ -121,7 +121,7 @@ class Mamba1Mixer(Mixer):
             z[:, 0],
             self.delta_bias,
         )
-        past.store(conv_state, None, (1,))
+        past.count(1)
         return self.out_proj(y[:, None].to(hidden_states.dtype))
 
     forward = run_with("conv1d", "dt_proj")

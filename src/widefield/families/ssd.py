@@ -99,8 +99,10 @@ class SSDMixer(Mixer):
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, width) for one more token a row."""
-        gate, mixed, delta, conv_state = self._convolved(hidden_states, past.conv_state)
-        x, B, C = self._by_head(mixed[:, 0])
+        gate, mixed, delta = self.project(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        x, B, C = self._by_head(self.convolve_one(mixed, past)[:, 0])
         assert past.state is not None
         # Without the model's limits of Δ, which transformers ignores in a step, too.
         y = ops.ssd_state_update(
@@ -114,7 +116,7 @@ class SSDMixer(Mixer):
             self.dt_bias,
             delta_limit=(0.0, math.inf),
         )
-        past.store(conv_state, None, (1,))
+        past.count(1)
         out = self.gated(y.flatten(1)[:, None], gate)
         return self.out_proj(out.to(hidden_states.dtype))
 

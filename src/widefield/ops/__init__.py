@@ -8,12 +8,17 @@ from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
 from widefield.ops.selective_scan import selective_scan
 from widefield.ops.ssd import ssd
-from widefield.ops.state_update import selective_state_update, ssd_state_update
+from widefield.ops.state_update import (
+    causal_conv1d_update,
+    selective_state_update,
+    ssd_state_update,
+)
 
 __all__ = [
     "Rows",
     "Survivors",
     "causal_conv1d",
+    "causal_conv1d_update",
     "effective_delta",
     "pool_tokens",
     "selective_scan",

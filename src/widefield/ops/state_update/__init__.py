@@ -1,16 +1,50 @@
-"""One decode step: of the selective scan, and of the scan of Mamba-2."""
+"""One decode step: of the convolution, of the selective scan, and of the scan of Mamba-2."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.state_update import reference
 
-__all__ = ["selective_state_update", "ssd_state_update"]
+__all__ = ["causal_conv1d_update", "selective_state_update", "ssd_state_update"]
+
+
+def causal_conv1d_update(
+    state: Float[Tensor, "batch channels kernel"],
+    x: Float[Tensor, "batch channels"],
+    weight: Float[Tensor, "channels kernel"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    silu: bool = True,
+) -> Float[Tensor, "batch channels"]:
+    """Push one more input into the state of a short convolution, in place.
+
+    Args:
+        state: the last K inputs, updated in place.
+        x: the input that comes in.
+        weight: one filter of K taps a channel.
+        bias: added before the activation, or None.
+        silu: whether the activation is silu; False for none.
+
+    Returns:
+        That token's y (B, D), in the dtype of x.
+    """
+    step = reference.causal_conv1d_update
+    backend = _choose(state, x, weight, bias)
+    if backend == "cpu":
+        from widefield.ops.state_update import cpu
+
+        step = cpu.causal_conv1d_update
+    elif backend == "cuda":
+        from widefield.ops.state_update import cuda
+
+        step = cuda.causal_conv1d_update
+    return step(state, x, weight, bias, silu=silu)
 
 
 def selective_state_update(
@@ -44,10 +78,15 @@ def selective_state_update(
         That token's y (B, D), in the dtype of x.
     """
     step = reference.selective_state_update
-    if choose(state, x, delta, A, B, C, z) == "cpu":
+    backend = _choose(state, x, delta, A, B, C, D, z, delta_bias)
+    if backend == "cpu":
         from widefield.ops.state_update import cpu
 
         step = cpu.selective_state_update
+    elif backend == "cuda":
+        from widefield.ops.state_update import cuda
+
+        step = cuda.selective_state_update
     return step(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus)
 
 
@@ -82,12 +121,23 @@ def ssd_state_update(
         That token's y (B, H, P), in the dtype of x.
     """
     step = reference.ssd_state_update
-    if choose(state, x, delta, A, B, C) == "cpu":
+    backend = _choose(state, x, delta, A, B, C, D, delta_bias)
+    if backend == "cpu":
         from widefield.ops.state_update import cpu
 
         step = cpu.ssd_state_update
+    elif backend == "cuda":
+        from widefield.ops.state_update import cuda
+
+        step = cuda.ssd_state_update
     return step(
         *(state, x, delta, A, B, C, D, delta_bias),
         delta_softplus=delta_softplus,
         delta_limit=delta_limit,
     )
+
+
+def _choose(*tensors: Tensor | None) -> str:
+    """Kernels write the state in place and know no gradients: the reference where one is wanted."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return "reference" if wanted else choose(*tensors)

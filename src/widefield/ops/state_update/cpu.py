@@ -27,7 +27,33 @@ from widefield.ops._numba import (
     sum_of_lanes,
     where,
 )
+from widefield.ops.causal_conv1d import cpu as convolution
 from widefield.ops.state_update import reference
+
+
+def causal_conv1d_update(
+    state: Float[Tensor, "batch channels kernel"],
+    x: Float[Tensor, "batch channels"],
+    weight: Float[Tensor, "channels kernel"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    silu: bool = True,
+) -> Float[Tensor, "batch channels"]:
+    """Push one more input into `state`, in place; with the signature of the reference.
+
+    Args:
+        state: the last K inputs, updated in place.
+        x: the input that comes in.
+        weight: one filter of K taps a channel.
+        bias: added before the activation, or None.
+        silu: whether the activation is silu; False for none.
+
+    Returns:
+        That token's y, in the dtype of x.
+    """
+    y, new = convolution.causal_conv1d(x[:, None], weight, bias, silu=silu, initial_state=state)
+    state.copy_(new)
+    return y[:, 0]
 
 
 @inlined

@@ -10,6 +10,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def causal_conv1d_update(
+    state: Float[Tensor, "batch channels kernel"],
+    x: Float[Tensor, "batch channels"],
+    weight: Float[Tensor, "channels kernel"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    silu: bool = True,
+) -> Float[Tensor, "batch channels"]:
+    """Push one more input into `state`, in place, and return the convolution's y there, as x is.
+
+    Args:
+        state: the last K inputs, updated in place.
+        x: the input that comes in.
+        weight: one filter of K taps a channel.
+        bias: added before the activation, or None.
+        silu: whether the activation is silu; False for none.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    new = torch.cat([state[:, :, 1:], x[:, :, None].to(state.dtype)], dim=2)
+    state.copy_(new)
+    y = (new.to(dtype) * weight.to(dtype)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
 def selective_state_update(
     state: Float[Tensor, "batch channels state"],
     x: Float[Tensor, "batch channels"],
