@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from widefield.ops._backend import use_backend
+from widefield.ops._backend import forced_backend, use_backend
 from widefield.ops._delta import effective_delta
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
@@ -20,6 +20,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "effective_delta",
+    "forced_backend",
     "pool_tokens",
     "selective_scan",
     "selective_state_update",

@@ -42,6 +42,11 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def forced_backend() -> Backend | None:
+    """The implementation that a block of code has asked for by name, or None."""
+    return _forced.get()
+
+
 def is_forced() -> bool:
     """Whether a block of code has asked for one implementation by name."""
     return _forced.get() is not None

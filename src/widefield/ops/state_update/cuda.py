@@ -1,4 +1,4 @@
-"""One decode step on a GPU, in Triton: the convolution's, the scan's, and that of Mamba-2's scan."""
+"""One decode step on a GPU, in Triton: of the convolution and of both scans."""
 
 from __future__ import annotations
 
@@ -172,9 +172,7 @@ def _step_head(
     y = tl.sum(h * C.to(tl.float32)[None, :], axis=1)
     if HAS_D:
         y += tl.load(D_ptr + head).to(tl.float32) * x
-    tl.store(
-        y_ptr + (row * heads + head) * width + p, y.to(y_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(y_ptr + (row * heads + head) * width + p, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def ssd_state_update(
