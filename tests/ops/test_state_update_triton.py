@@ -84,7 +84,7 @@ def test_narrow_and_absent_inputs_of_the_scan(dtype: torch.dtype, absent: list[s
     assert_as_exact_as("selective_state_update", state_of(inputs), arguments(inputs))
 
 
-def test_groups_of_channels_have_their_own_B_and_C() -> None:  # noqa: N802
+def test_groups_of_channels_have_their_own_B_and_C() -> None:
     inputs = scan_inputs(2, 1, 42, 16)
     x, delta, A, _, _, *rest = arguments(inputs)
     B, C = torch.randn(2, 2, 3, 16)
