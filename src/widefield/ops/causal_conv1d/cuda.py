@@ -44,7 +44,7 @@ def _preactivation(
 
 @triton.jit
 def _forward(
-    x_ptr, w_ptr, bias_ptr, s_ptr, y_ptr, length, channels, sxb, sxl,
+    x_ptr, w_ptr, bias_ptr, s_ptr, y_ptr, last_ptr, length, channels, sxb, sxl,
     HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr,
     TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +63,16 @@ def _forward(
         acc.to(y_ptr.dtype.element_ty),
         mask=(t < length)[:, None] & dm[None, :],
     )
+    if (tl.program_id(0) + 1) * TIME >= length:
+        x_ptr += row * sxb + d
+        at = (row * channels + d) * K
+        for k in tl.static_range(K):
+            source = tl.cast(length, tl.int64) - K + k
+            last = tl.load(x_ptr + source * sxl, mask=dm & (source >= 0), other=0.0)
+            if HAS_STATE:
+                before = tl.load(s_ptr + at + (source + K), mask=dm & (source < 0), other=0.0)
+                last += before.to(last.dtype)
+            tl.store(last_ptr + at + k, last, mask=dm)
 
 
 @triton.jit
@@ -132,33 +142,48 @@ def _input_gradient(
     )
 
 
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The outputs and the last K inputs; x has dense channels, weight and state are contiguous."""
+    batch, length, channels = x.shape
+    kernel = weight.shape[1]
+    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
+    last = torch.empty(batch, channels, kernel, dtype=x.dtype, device=x.device)
+    # Absent inputs are passed as x: their flag keeps the kernel from reading them.
+    bias_, state_ = (x if t is None else t for t in (bias, state))
+    with torch.cuda.device_of(x):
+        _forward[_grid(x)](
+            x, weight, bias_, state_, y, last, length, channels, x.stride(0), x.stride(1),
+            HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, K=kernel,
+            TIME=_TIME, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return y, last
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    batch, length, channels = x.shape
+    return triton.cdiv(length, _TIME), triton.cdiv(channels, _BLOCK), batch
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None
-    ) -> Tensor:
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        weight = weight.contiguous()
-        state = None if state is None else state.contiguous()
-        batch, length, channels = x.shape
-        y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
-        ctx.grid = (triton.cdiv(length, _TIME), triton.cdiv(channels, _BLOCK), batch)
+    ) -> tuple[Tensor, Tensor]:
+        y, last = _convolved(x, weight, bias, silu, state)
+        ctx.mark_non_differentiable(last)
+        ctx.grid = _grid(x)
         ctx.flags = {
             "HAS_STATE": state is not None, "K": weight.shape[1], "TIME": _TIME, "BLOCK": _BLOCK,
         }  # fmt: skip
         ctx.silu, ctx.has_bias = silu, bias is not None
-        # Absent inputs are passed as x: their flag keeps the kernel from reading them.
         bias_, state_ = (x if t is None else t for t in (bias, state))
-        with torch.cuda.device_of(x):
-            _forward[ctx.grid](
-                x, weight, bias_, state_, y, length, channels, x.stride(0), x.stride(1),
-                HAS_BIAS=ctx.has_bias, SILU=silu, **ctx.flags,
-            )  # fmt: skip
         ctx.save_for_backward(x, weight, bias_, state_)
-        return y
+        return y, last
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, state = ctx.saved_tensors
         dy = dy.contiguous()
         batch, length, channels = x.shape
@@ -191,8 +216,13 @@ def causal_conv1d(
 
     Gradients reach x, weight and bias; the initial state gets none.
     """
-    y = _Convolution.apply(x, weight, bias, silu, initial_state)
-    return y, _last_inputs(x, weight.shape[1], initial_state)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    weight = weight.contiguous()
+    state = None if initial_state is None else initial_state.contiguous()
+    if torch.is_grad_enabled():
+        y, _ = _Convolution.apply(x, weight, bias, silu, state)
+        return y, _last_inputs(x, weight.shape[1], initial_state)
+    return _convolved(x, weight, bias, silu, state)
 
 
 def _last_inputs(x: Tensor, kernel: int, state: Tensor | None) -> Tensor:
