@@ -72,7 +72,7 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def submitted(call: Callable[[], Any]) -> float:
-    """Milliseconds until Python has submitted all work: what the GPU cannot hide at short lengths."""
+    """Milliseconds until Python has submitted all work."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()

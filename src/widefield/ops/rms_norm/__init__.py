@@ -19,7 +19,7 @@ def rms_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch width"]:
-    """weight · x / √(mean(x²) + eps), the mean over the last dimension.
+    """RMS norm: weight · x / √(mean(x²) + eps), the mean over the last dimension.
 
     Args:
         x: any floating dtype, any strides.

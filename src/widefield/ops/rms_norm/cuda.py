@@ -43,7 +43,7 @@ def _forward(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
-    """weight · x / √(mean(x²) + eps) on a GPU; the same contract as the reference."""
+    """RMS norm: weight · x / √(mean(x²) + eps) on a GPU; the same contract as the reference."""
     return _launch(x, None, weight, eps, 1, False, dtype)
 
 

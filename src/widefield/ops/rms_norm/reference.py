@@ -15,7 +15,7 @@ def rms_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch width"]:
-    """weight · x / √(mean(x²) + eps); see `widefield.ops.rms_norm`."""
+    """RMS norm: weight · x / √(mean(x²) + eps); see `widefield.ops.rms_norm`."""
     y = weight * _normed(_wide(x), eps).to(x.dtype)
     return y if dtype is None else y.to(dtype)
 
