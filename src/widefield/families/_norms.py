@@ -36,6 +36,19 @@ class Norm(nn.Module):
         return plain(rounded)
 
 
+class WeightlessNorm(nn.Module):
+    """Mixed into an RMS norm without weights."""
+
+    eps: float
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """The normed input."""
+        if ops.runs_kernels(x):
+            return ops.rms_norm(x, None, self.eps)
+        plain: Any = super().forward
+        return plain(x)
+
+
 class GatedNorm(nn.Module):
     """Mixed into a gated RMS norm of transformers; where gradients are wanted, that one runs."""
 

@@ -6,10 +6,11 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import (
     FalconMambaBlock,
     FalconMambaMixer,
     FalconMambaRMSNorm,
+    FalconMambaWeightlessRMSNorm,
 )
 
 from widefield.families._blocks import ResidualBlock
-from widefield.families._norms import Norm
+from widefield.families._norms import Norm, WeightlessNorm
 from widefield.families.mamba1 import NormedMamba1Mixer
 
 
@@ -25,8 +26,13 @@ class WidefieldFalconMambaRMSNorm(Norm, FalconMambaRMSNorm):
     """`FalconMambaRMSNorm` in one pass."""
 
 
+class WidefieldFalconMambaWeightlessRMSNorm(WeightlessNorm, FalconMambaWeightlessRMSNorm):
+    """`FalconMambaWeightlessRMSNorm` in one pass."""
+
+
 SWAPS = {
     FalconMambaMixer: WidefieldFalconMambaMixer,
     FalconMambaBlock: WidefieldFalconMambaBlock,
+    FalconMambaWeightlessRMSNorm: WidefieldFalconMambaWeightlessRMSNorm,
     FalconMambaRMSNorm: WidefieldFalconMambaRMSNorm,
 }

@@ -11,7 +11,7 @@ _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 @triton.jit
 def exp_negative(x):
-    """Exp of x ≤ 0; the rounding of x · log2(e) is made good again, which counts where x is large."""
+    """Exp of x ≤ 0, right where x is large, too: the rounding of x · log2(e) is made good again."""
     high = x * _LOG2E
     low = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -high))
     return tl.where(x < -87.0, 0.0, tl.exp2(high) * tl.fma(low, 0.6931471805599453, 1.0))

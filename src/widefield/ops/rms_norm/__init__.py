@@ -14,7 +14,7 @@ __all__ = ["gated_rms_norm", "rms_norm"]
 
 def rms_norm(
     x: Float[Tensor, "*batch width"],
-    weight: Float[Tensor, " width"],
+    weight: Float[Tensor, " width"] | None,
     eps: float,
     *,
     dtype: torch.dtype | None = None,
@@ -23,7 +23,7 @@ def rms_norm(
 
     Args:
         x: any floating dtype, any strides.
-        weight: any floating dtype.
+        weight: any floating dtype; None for 1.
         eps: added to the mean square.
         dtype: of the result; None for the wider of those of x and weight.
 

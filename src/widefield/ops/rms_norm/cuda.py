@@ -14,7 +14,8 @@ _NUMBERS = 2048  # that a program has in registers at least
 def _forward(
     x_ptr, gate_ptr, w_ptr, y_ptr, rows, length, groups, width, eps,
     x_batch, x_token, gate_batch, gate_token,
-    GATE: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # A row is one group of one token.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,8 +34,10 @@ def _forward(
         if GATE_FIRST:
             x *= gate
     scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps)
-    weight = tl.load(w_ptr + within[:, None] + column[None, :], mask=mask, other=0.0)
-    y = x * scale[:, None] * weight.to(tl.float32)
+    y = x * scale[:, None]
+    if WEIGHT:
+        weight = tl.load(w_ptr + within[:, None] + column[None, :], mask=mask, other=0.0)
+        y *= weight.to(tl.float32)
     if GATE:
         if not GATE_FIRST:
             y *= gate
@@ -42,7 +45,9 @@ def _forward(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """RMS norm: weight · x / √(mean(x²) + eps) on a GPU; the same contract as the reference."""
     return _launch(x, None, weight, eps, 1, False, dtype)
 
@@ -63,27 +68,30 @@ def gated_rms_norm(
 def _launch(
     x: Tensor,
     gate: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     groups: int,
     gate_first: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
+    if dtype is None:
+        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not y.numel():
         return y
     rows, width = y.numel() // x.shape[-1] * groups, x.shape[-1] // groups
     x = _by_token(x)
-    gate = x if gate is None else _by_token(gate)
+    # Absent inputs are passed as x: their flag keeps the kernel from reading them.
+    gate_ = x if gate is None else _by_token(gate)
+    weight_ = x if weight is None else weight.contiguous()
     block = triton.next_power_of_2(width)
     many = max(1, _NUMBERS // block)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(rows, many),)](
-            x, gate, weight.contiguous(), y, rows, x.shape[1], groups, width, eps,
-            x.stride(0), x.stride(1), gate.stride(0), gate.stride(1),
-            GATE=gate is not x, GATE_FIRST=gate_first, ROWS=many, BLOCK=block,
-            num_warps=min(16, max(4, block // 512)),
+            x, gate_, weight_, y, rows, x.shape[1], groups, width, eps,
+            x.stride(0), x.stride(1), gate_.stride(0), gate_.stride(1),
+            WEIGHT=weight is not None, GATE=gate is not None, GATE_FIRST=gate_first,
+            ROWS=many, BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return y
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 def rms_norm(
     x: Float[Tensor, "*batch width"],
-    weight: Float[Tensor, " width"],
+    weight: Float[Tensor, " width"] | None,
     eps: float,
     *,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch width"]:
     """RMS norm: weight · x / √(mean(x²) + eps); see `widefield.ops.rms_norm`."""
-    y = weight * _normed(_wide(x), eps).to(x.dtype)
+    y = _normed(_wide(x), eps).to(x.dtype)
+    y = y if weight is None else weight * y
     return y if dtype is None else y.to(dtype)
 
 
