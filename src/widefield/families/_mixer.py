@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
@@ -220,16 +220,28 @@ class Mixer(nn.Module):
         """One tile after the other, so that only the output is as long as the input."""
         state, output, tile = self.state_of(turn.past), None, None
         for tile in self._tiles(hidden_states, turn):
-            inputs = tile.inputs.replace(initial_state=state)
-            piece, state = self._scanned(inputs, tile.gate, turn.plan, hidden_states.dtype)
-            if piece.shape[1] == hidden_states.shape[1]:
-                output = piece
-            else:
-                output = _room(output, piece, hidden_states.shape[1])
-                output[:, tile.part] = piece
+            y, state = self.scan(tile.inputs.replace(initial_state=state), tile.gate, turn.plan)
+            output = self._write(output, y.to(hidden_states.dtype), tile.part, hidden_states)
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
+        return output
+
+    def _write(
+        self, output: Tensor | None, y: Tensor, part: slice, hidden_states: Tensor
+    ) -> Tensor:
+        """The output with what belongs to these tokens; made when the first of them come."""
+        batch, length, _ = hidden_states.shape
+        if y.shape[1] == length:
+            return self.out_proj(y)
+        if batch == 1 and ops.runs_kernels(y) and _is_plain(self.out_proj, y):
+            if output is None:
+                output = y.new_empty(batch, length, self.out_proj.out_features)
+            _linear_into(output[0, part], y[0], self.out_proj)
+            return output
+        piece = self.out_proj(y)
+        output = _room(output, piece, length)
+        output[:, part] = piece
         return output
 
     def _choose(self, hidden_states: Tensor, turn: Turn) -> Kept | None:
@@ -270,16 +282,11 @@ class Mixer(nn.Module):
 
     def _finish(self, kept: Kept, turn: Turn, dtype: torch.dtype) -> Tensor:
         """The output for the chosen tokens, scanned as if they were all."""
-        output, state = self._scanned(kept.inputs, kept.gate, turn.plan, dtype)
+        y, state = self.scan(kept.inputs, kept.gate, turn.plan)
+        output = self.out_proj(y.to(dtype))
         lengths = Padding.of_valid(kept.rows.valid, output.shape[1]).lengths
         self._close(turn, kept.conv_state, state, lengths)
         return output
-
-    def _scanned(
-        self, inputs: Inputs, gate: Tensor | None, plan: LayerPlan | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        y, state = self.scan(inputs, gate, plan)
-        return self.out_proj(y.to(dtype)), state
 
     def _tiles(self, hidden_states: Tensor, turn: Turn) -> Iterator[Tile]:
         """The scan's inputs tile by tile."""
@@ -306,14 +313,22 @@ class Mixer(nn.Module):
         self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
     ) -> None:
         """Check the state behind the last token and leave it in the cache."""
-        touched = turn.plan is not None and turn.plan.touches_scan
-        if touched and not bool(torch.isfinite(state).all()):
+        if self._is_checked(turn, state) and not bool(torch.isfinite(state).all()):
             raise WidefieldError(
                 f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
                 "or input); check the model's weights and its dtype (float32 is safest)"
             )
         if turn.past is not None:
             turn.past.store(conv_state, self.cached(state), lengths)
+
+    def _is_checked(self, turn: Turn, state: Tensor) -> bool:
+        """Whether to look at the state: on a GPU that waits for all work, so it is done once.
+
+        A state that is not finite makes all that follows it so, up to the last layer's state.
+        """
+        if state.device.type == "cpu":
+            return turn.plan is not None and turn.plan.touches_scan
+        return turn.plan is not None and self.layer_idx == self._widefield.layout.layers[-1]
 
     def cached(self, state: Tensor) -> Tensor:
         """The scan's state in the shape that transformers caches."""
@@ -323,6 +338,24 @@ class Mixer(nn.Module):
 def run_with(*used: str) -> Callable[..., Tensor]:
     """`Mixer.run`, which fetches these submodules first where accelerate keeps them elsewhere."""
     return uncompiled(force_accelerate_hooks(list(used))(Mixer.run))
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether calling the module with x is nothing but a product with its weights."""
+    if type(module) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or "_old_forward" in vars(module)
+    )
+
+
+def _linear_into(out: Tensor, x: Tensor, linear: nn.Linear) -> None:
+    """The output of a linear layer (n, out) where it shall stand."""
+    weight = linear.weight.t()
+    if linear.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(linear.bias, x, weight, out=out)
 
 
 def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:

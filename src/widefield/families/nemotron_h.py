@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHMamba2Mixer
+from transformers.models.nemotron_h.modeling_nemotron_h import (
+    NemotronHBlock,
+    NemotronHMamba2Mixer,
+    NemotronHRMSNorm,
+    NemotronHRMSNormGated,
+)
 
 from widefield.families._attention import why_no_mask
 from widefield.families._blocks import DroppingBlock
+from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
 
 
@@ -23,7 +29,19 @@ def why_not_decimate(model: nn.Module) -> str | None:
     return why_no_mask(model)
 
 
+class WidefieldNemotronHRMSNorm(Norm, NemotronHRMSNorm):
+    """`NemotronHRMSNorm` in one pass."""
+
+    keeps_dtype = True
+
+
+class WidefieldNemotronHRMSNormGated(GatedNorm, NemotronHRMSNormGated):
+    """`NemotronHRMSNormGated` in one pass."""
+
+
 SWAPS = {
+    NemotronHRMSNorm: WidefieldNemotronHRMSNorm,
+    NemotronHRMSNormGated: WidefieldNemotronHRMSNormGated,
     NemotronHMamba2Mixer: WidefieldNemotronHMamba2Mixer,
     NemotronHBlock: WidefieldNemotronHBlock,
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
+from transformers.models.zamba.modeling_zamba import ZambaMambaMixer, ZambaRMSNorm
 
 from widefield.families._mixer import run_with
+from widefield.families._norms import Norm
 from widefield.families.mamba1 import Mamba1Mixer
 
 
@@ -42,7 +43,11 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
     forward = run_with("conv1d")
 
 
-SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}
+class WidefieldZambaRMSNorm(Norm, ZambaRMSNorm):
+    """`ZambaRMSNorm` in one pass."""
+
+
+SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer, ZambaRMSNorm: WidefieldZambaRMSNorm}
 
 
 def why_not_decimate(model: nn.Module) -> str:

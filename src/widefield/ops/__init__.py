@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from widefield.ops._backend import forced_backend, use_backend
+from widefield.ops._backend import forced_backend, runs_kernels, use_backend
 from widefield.ops._delta import effective_delta
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
+from widefield.ops.rms_norm import gated_rms_norm, rms_norm
 from widefield.ops.selective_scan import selective_scan
 from widefield.ops.ssd import ssd
 from widefield.ops.state_update import (
@@ -21,7 +22,10 @@ __all__ = [
     "causal_conv1d_update",
     "effective_delta",
     "forced_backend",
+    "gated_rms_norm",
     "pool_tokens",
+    "rms_norm",
+    "runs_kernels",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -57,6 +57,13 @@ def wants_cuda_cpp() -> bool:
     return _forced.get() == "nvrtc"
 
 
+def runs_kernels(*tensors: Tensor | None) -> bool:
+    """Whether kernels of a GPU that have no backward would run for these inputs."""
+    if torch.compiler.is_compiling() or choose(*tensors) != "cuda":
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
     """The implementation for these inputs: kernels where they exist, else the reference."""
     forced = _forced.get()
