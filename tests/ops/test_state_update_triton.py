@@ -92,6 +92,19 @@ def test_groups_of_channels_have_their_own_B_and_C() -> None:
     assert_as_exact_as("selective_state_update", state_of(inputs), tokens)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "size", "rank"), [(1, 1, 1), (40, 16, 5), (70, 9, 48)])
+def test_the_scan_takes_one_step_from_the_low_rank_of_its_delta(
+    dtype: torch.dtype, channels: int, size: int, rank: int
+) -> None:
+    inputs = scan_inputs(2, 1, channels, size, dtype=dtype)
+    x, _, A, B, C, *rest = arguments(inputs)
+    assert A is not None
+    low, weight = torch.randn(2, rank + 3)[:, 3:], torch.randn(channels, rank) / rank
+    tokens = (x, low.to(dtype), weight.to(dtype), torch.log(-A).to(dtype), B, C, *rest)
+    assert_as_exact_as("low_rank_state_update", state_of(inputs), tokens)
+
+
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("shape", [(4, 20, 2, 18), (1, 1, 1, 1), (6, 64, 1, 128)], ids=str)
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.02, 0.1)], ids=str)
@@ -101,6 +114,14 @@ def test_the_scan_of_mamba_2_takes_one_step(
     inputs = ssd_inputs(2, 1, *shape, delta=delta)
     tokens = ssd_arguments(inputs)
     assert_as_exact_as("ssd_state_update", state_of(inputs), tokens, delta_limit=limit)
+
+
+def test_rates_of_mamba_2_may_come_as_logarithms() -> None:
+    inputs = ssd_inputs(2, 1)
+    x, delta, A, *rest = ssd_arguments(inputs)
+    assert A is not None
+    tokens = (x, delta, torch.log(-A), *rest)
+    assert_as_exact_as("ssd_state_update", state_of(inputs), tokens, log_rates=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from widefield import ops
 from widefield.families._attention import fit_mask
 from widefield.families._context import Left, left_of, mark_left
-from widefield.families._mixer import Mixer, Turn
+from widefield.families._mixer import Mixer, Turn, steps_in_few_kernels
 from widefield.families._norms import Norm
 
 
@@ -80,6 +80,7 @@ class ResidualBlock(DroppingBlock):
     """A block that adds its mixer's output to its input, and does nothing else."""
 
     residual_in_fp32: bool
+    norm: nn.Module
     mixer: Mixer
 
     def body(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,6 +88,10 @@ class ResidualBlock(DroppingBlock):
         if args or torch.is_grad_enabled() or not ops.runs_kernels(hidden_states):
             return super().body(hidden_states, *args, **kwargs)
         cache, turn = kwargs.get("cache_params"), kwargs.get("attention_mask")
+        past = turn.past if isinstance(turn, Turn) and turn.padding is None else None
+        if past is not None and steps_in_few_kernels(self.norm, self.mixer, hidden_states):
+            dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
+            return self.mixer.block_step(hidden_states, self.norm, past, dtype)
         out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         return residual + out

@@ -24,6 +24,7 @@ from widefield.families._context import (
     scattered,
     uncompiled,
 )
+from widefield.families._norms import GatedNorm, Norm
 from widefield.ops import Rows, Survivors
 from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 
@@ -116,7 +117,8 @@ class Mixer(nn.Module):
     activation: str
     act: nn.Module
     conv1d: nn.Conv1d
-    out_proj: nn.Module
+    in_proj: nn.Linear
+    out_proj: nn.Linear
 
     def read(
         self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
@@ -133,6 +135,37 @@ class Mixer(nn.Module):
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output for one more token a row; the states in the cache go on."""
         raise NotImplementedError
+
+    @property
+    def used_in_a_step(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights `block_step` reads; none where there is no such step."""
+        return ()
+
+    def block_step(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
+    ) -> Tensor:
+        """norm, mixer and residual for one more token a row, in a few kernels."""
+        raise NotImplementedError
+
+    def projected(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, first: int = 0
+    ) -> Tensor:
+        """What `in_proj` makes of the normed token, (B, n), the convolution's part convolved."""
+        assert past.conv_state is not None
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        return ops.project(
+            *(hidden_states[:, 0], self.in_proj.weight, self.in_proj.bias),
+            norm=norm.weight,
+            eps=norm.variance_epsilon,
+            convolution=ops.Convolution(past.conv_state, taps, bias, first),
+            dtype=self.in_proj.weight.dtype,
+        )
+
+    def added(self, y: Tensor, hidden_states: Tensor, dtype: torch.dtype, **options: Any) -> Tensor:
+        """What `out_proj` makes of y, added to the block's input (B, 1, H)."""
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        residual = hidden_states[:, 0]
+        return ops.project(y, weight, bias, residual=residual, dtype=dtype, **options)[:, None]
 
     def convolve(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The short convolution of x (B, L, D) with its activation, and its new state (B, D, K)."""
@@ -338,6 +371,28 @@ class Mixer(nn.Module):
 def run_with(*used: str) -> Callable[..., Tensor]:
     """`Mixer.run`, which fetches these submodules first where accelerate keeps them elsewhere."""
     return uncompiled(force_accelerate_hooks(list(used))(Mixer.run))
+
+
+def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
+    """Whether norm, mixer and residual of a block may be computed without calling its modules."""
+    used = mixer.used_in_a_step
+    if not used or not isinstance(norm, Norm) or mixer.activation not in _SILU:
+        return False
+    known = (nn.Linear, nn.Conv1d, GatedNorm)
+    if not all(type(module) in known or isinstance(module, GatedNorm) for module in used):
+        return False
+    if not all(_is_untouched(module) for module in (norm, mixer, *used)):
+        return False
+    kinds = {module.weight.dtype for module in (norm, *used)}
+    in_autocast = torch.is_autocast_enabled(x.device.type)
+    return len(kinds) == 1 and not in_autocast and ops.projects_fast(x[:, 0], norm.weight)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    own = vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in own and own.get("_compiled_call_impl") is None
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from widefield import ops
 from widefield.families._context import LayerCache
 from widefield.families._mixer import Mixer, run_with
+from widefield.families._norms import Norm
 from widefield.plan import LayerPlan, ScanInputs
 
 
@@ -123,6 +124,25 @@ class Mamba1Mixer(Mixer):
         )
         past.count(1)
         return self.out_proj(y[:, None].to(hidden_states.dtype))
+
+    @property
+    def used_in_a_step(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights `block_step` reads."""
+        return self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj
+
+    def block_step(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
+    ) -> Tensor:
+        """A block's output (B, 1, H) in `dtype` for one more token a row, in four kernels."""
+        rank, size = self.time_step_rank, self.ssm_state_size
+        x, z = self.projected(hidden_states, norm, past).chunk(2, dim=-1)
+        low_rank, B, C = ops.project(x, self.x_proj.weight).split([rank, size, size], dim=-1)
+        low_rank, B, C = self.norm_inputs(low_rank, B, C)
+        state, weight, bias = self.state_of(past), self.dt_proj.weight, self.dt_proj.bias
+        assert state is not None
+        y = ops.low_rank_state_update(state, x, low_rank, weight, self.A_log, B, C, self.D, z, bias)
+        past.count(1)
+        return self.added(y, hidden_states, dtype)
 
     forward = run_with("conv1d", "dt_proj")
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as ptx
 
+from widefield.ops._early import early
 from widefield.ops.project.reference import Convolution
 from widefield.ops.state_update._triton import silu
 
@@ -122,17 +123,6 @@ def project(
             **conv, **early(x),
         )  # fmt: skip
     return y
-
-
-def early(x: Tensor) -> dict[str, Any]:
-    """Launch options for a kernel that may start before the one in front of it has ended.
-
-    In a graph only: what it reads before it waits must not be the work of that kernel, and weights
-    are nobody's work there.
-    """
-    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    capable = recorded and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if capable else {"EARLY": False}
 
 
 def _dense(tensor: Tensor) -> Tensor:

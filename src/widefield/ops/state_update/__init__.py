@@ -11,7 +11,12 @@ from torch import Tensor
 from widefield.ops._backend import choose
 from widefield.ops.state_update import reference
 
-__all__ = ["causal_conv1d_update", "selective_state_update", "ssd_state_update"]
+__all__ = [
+    "causal_conv1d_update",
+    "low_rank_state_update",
+    "selective_state_update",
+    "ssd_state_update",
+]
 
 
 def causal_conv1d_update(
@@ -90,6 +95,43 @@ def selective_state_update(
     return step(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus)
 
 
+def low_rank_state_update(
+    state: Float[Tensor, "batch channels state"],
+    x: Float[Tensor, "batch channels"],
+    low_rank: Float[Tensor, "batch rank"],
+    delta_weight: Float[Tensor, "channels rank"],
+    A_log: Float[Tensor, "channels state"],
+    B: Float[Tensor, "batch *groups state"],
+    C: Float[Tensor, "batch *groups state"],
+    D: Float[Tensor, " channels"] | None = None,
+    z: Float[Tensor, "batch channels"] | None = None,
+    delta_bias: Float[Tensor, " channels"] | None = None,
+) -> Float[Tensor, "batch channels"]:
+    """Advance `state` by one token, in place, from Δ's low rank and the logarithms of the rates.
+
+    Args:
+        state: updated in place; float32 keeps long decodes exact.
+        x: what is written into the state.
+        low_rank: what Δ is projected from.
+        delta_weight: raw Δ is this times `low_rank`.
+        A_log: log(-A).
+        B: input projection of the token.
+        C: output projection of the token.
+        D: skip connection, or None.
+        z: gate before its silu, or None.
+        delta_bias: added to Δ in front of its softplus, or None.
+
+    Returns:
+        That token's y (B, D), in the dtype of x.
+    """
+    step = reference.low_rank_state_update
+    if _choose(state, x, low_rank, delta_weight, A_log, B, C, D, z, delta_bias) == "cuda":
+        from widefield.ops.state_update import cuda
+
+        step = cuda.low_rank_state_update
+    return step(state, x, low_rank, delta_weight, A_log, B, C, D, z, delta_bias)
+
+
 def ssd_state_update(
     state: Float[Tensor, "batch heads width state"],
     x: Float[Tensor, "batch heads width"],
@@ -102,6 +144,7 @@ def ssd_state_update(
     *,
     delta_softplus: bool = True,
     delta_limit: tuple[float, float] = (0.0, math.inf),
+    log_rates: bool = False,
 ) -> Float[Tensor, "batch heads width"]:
     """Advance `state` of Mamba-2 by one token, in place. Decode steps are never filtered: no plan.
 
@@ -116,6 +159,7 @@ def ssd_state_update(
         delta_bias: added to `delta`, or None.
         delta_softplus: whether Δ = softplus(delta + bias).
         delta_limit: smallest and largest Δ that the model allows; (0, inf) for no limit.
+        log_rates: whether A holds log(-A), as a model's parameter does.
 
     Returns:
         That token's y (B, H, P), in the dtype of x.
@@ -134,6 +178,7 @@ def ssd_state_update(
         *(state, x, delta, A, B, C, D, delta_bias),
         delta_softplus=delta_softplus,
         delta_limit=delta_limit,
+        log_rates=log_rates,
     )
 
 

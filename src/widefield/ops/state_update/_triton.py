@@ -11,9 +11,10 @@ _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
 
 @triton.jit
 def exp(x):
-    # exp of x ≤ 0; 0 below -87. Steps multiply thousands of these, so an error that leans to one
-    # side adds up: the product is compensated, and a polynomial takes the place of the GPU's exp2.
-    x = tl.where(x < -88.0, -88.0, x)
+    # 0 below -87, and as large as exp(88) above 88. Steps multiply thousands of these, so an error
+    # that leans to one side adds up: the product is compensated, and a polynomial takes the place
+    # of the GPU's exp2.
+    x = tl.where(x < -88.0, -88.0, tl.where(x > 88.0, 88.0, x))
     n = tl.floor(x * _LOG2E + 0.5)
     fraction = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -n))
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)

@@ -217,6 +217,7 @@ def ssd_state_update(
     *,
     delta_softplus: bool = True,
     delta_limit: tuple[float, float] = (0.0, math.inf),
+    log_rates: bool = False,
 ) -> Float[Tensor, "batch heads width"]:
     """Advance `state` of Mamba-2 by one token, in place; with the signature of the reference.
 
@@ -231,6 +232,7 @@ def ssd_state_update(
         delta_bias: added to `delta`, or None.
         delta_softplus: whether Δ = softplus(delta + bias).
         delta_limit: smallest and largest Δ that the model allows.
+        log_rates: whether A holds log(-A).
 
     Returns:
         That token's y, in the dtype of x.
@@ -240,8 +242,10 @@ def ssd_state_update(
             *(state, x, delta, A, B, C, D, delta_bias),
             delta_softplus=delta_softplus,
             delta_limit=delta_limit,
+            log_rates=log_rates,
         )
     with torch.no_grad():
+        A = -torch.exp(A.float()) if log_rates else A
         rows, heads, width, size = state.shape
         y = torch.empty(rows, heads, width)
         # The names keep widened copies alive until the kernel has read them.

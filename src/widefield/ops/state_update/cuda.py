@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda as ptx
 
+from widefield.ops._early import early
 from widefield.ops.state_update import reference
 from widefield.ops.state_update._triton import exp, silu, softplus
 
@@ -62,35 +64,51 @@ def causal_conv1d_update(
 
 @triton.jit
 def _step(
-    state_ptr, x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr,
-    channels, states, share, x_row, x_step, delta_row, delta_step, z_row, z_step,
+    state_ptr, x_ptr, delta_ptr, rank_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr,
+    channels, states, share, rank, x_row, x_step, delta_row, delta_step, z_row, z_step,
     B_row, B_group, B_step, C_row, C_group, C_step,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    BLOCK: tl.constexpr, STATES: tl.constexpr,
+    RANK: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
+    # With a RANK, Δ comes as what dt_proj reads, dt_proj's weight beside it, and A as its log.
+    if EARLY:
+        ptx.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES).to(tl.int64)[None, :]
     inside = d < channels
     both = inside[:, None] & (n < states)
     at = (row * channels + d)[:, None] * states + n
-    h = tl.load(state_ptr + at, mask=both, other=0.0)
     rate = tl.load(A_ptr + d[:, None] * states + n, mask=both, other=0.0).to(tl.float32)
+    skip = tl.zeros((BLOCK,), tl.float32)
+    if HAS_D:
+        skip += tl.load(D_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        delta += tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        rate = -exp(rate)
+        r = tl.arange(0, RANK)
+        taken = inside[:, None] & (r < rank)[None, :]
+        weight = tl.load(rank_ptr + d[:, None] * rank + r[None, :], mask=taken, other=0.0)
+    if EARLY:
+        ptx.gdc_wait()
+    h = tl.load(state_ptr + at, mask=both, other=0.0)
     group = (d // share)[:, None]
     B = tl.load(B_ptr + row * B_row + group * B_group + n * B_step, mask=both, other=0.0)
     C = tl.load(C_ptr + row * C_row + group * C_group + n * C_step, mask=both, other=0.0)
     x = tl.load(x_ptr + row * x_row + d * x_step, mask=inside, other=0.0).to(tl.float32)
-    delta = tl.load(delta_ptr + row * delta_row + d * delta_step, mask=inside, other=0.0)
-    delta = delta.to(tl.float32)
-    if HAS_BIAS:
-        delta += tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        low = tl.load(delta_ptr + row * delta_row + r * delta_step, mask=r < rank, other=0.0)
+        delta += tl.sum(weight.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
+    else:
+        raw = tl.load(delta_ptr + row * delta_row + d * delta_step, mask=inside, other=0.0)
+        delta += raw.to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta)
     h = tl.fma(exp(delta[:, None] * rate), h, (delta * x)[:, None] * B.to(tl.float32))
     tl.store(state_ptr + at, h, mask=both)
-    y = tl.sum(h * C.to(tl.float32), axis=1)
-    if HAS_D:
-        y += tl.load(D_ptr + d, mask=inside, other=0.0).to(tl.float32) * x
+    y = tl.sum(h * C.to(tl.float32), axis=1) + skip * x
     if HAS_Z:
         z = tl.load(z_ptr + row * z_row + d * z_step, mask=inside, other=0.0)
         y *= silu(z.to(tl.float32))
@@ -115,21 +133,60 @@ def selective_state_update(
         return reference.selective_state_update(
             state, x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus
         )
+    return _advanced(state, x, delta, None, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def low_rank_state_update(
+    state: Tensor,
+    x: Tensor,
+    low_rank: Tensor,
+    delta_weight: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+) -> Tensor:
+    """The scan's step with Δ's projection; a state that is not dense float32: the reference."""
+    if not _writable(state):
+        return reference.low_rank_state_update(
+            state, x, low_rank, delta_weight, A_log, B, C, D, z, delta_bias
+        )
+    return _advanced(state, x, low_rank, delta_weight, A_log, B, C, D, z, delta_bias, True)
+
+
+def _advanced(
+    state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    delta_weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    """One step; with `delta_weight`, `delta` is what it projects, and A is log(-A)."""
     batch, channels, size = state.shape
     states = triton.next_power_of_2(size)
-    block = max(_TILE // 2 // states, 128 // states, 1)
+    block = max(_TILE // 4 // states, 128 // states, 1)
+    rank = 0 if delta_weight is None else delta_weight.shape[1]
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
-    gate = x if z is None else z
     B, C = (t[:, None] if t.ndim == 2 else t for t in (B, C))
     # Absent inputs are passed as x: their flag keeps the kernel from reading them.
-    skip, bias = (x if t is None else t.contiguous() for t in (D, delta_bias))
+    gate = x if z is None else z
+    skip, bias, weight = (x if t is None else t.contiguous() for t in (D, delta_bias, delta_weight))
     with torch.cuda.device_of(x):
         _step[(triton.cdiv(channels, block), batch)](
-            state, x, delta, A.contiguous(), B, C, skip, gate, bias, y,
-            channels, size, channels // B.shape[1], *x.stride(), *delta.stride(), *gate.stride(),
-            *B.stride(), *C.stride(),
+            state, x, delta, weight, A.contiguous(), B, C, skip, gate, bias, y,
+            channels, size, channels // B.shape[1], rank,
+            *x.stride(), *delta.stride(), *gate.stride(), *B.stride(), *C.stride(),
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=delta_softplus, BLOCK=block, STATES=states, num_warps=4,
+            SOFTPLUS=softplus, RANK=triton.next_power_of_2(rank) if rank else 0,
+            BLOCK=block, STATES=states, num_warps=4, **early(x),
         )  # fmt: skip
     return y
 
@@ -140,8 +197,10 @@ def _step_head(
     heads, width, states, share, low, high, x_row, x_head, x_step, delta_row, delta_step,
     B_row, B_group, B_step, C_row, C_group, C_step,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
-    BLOCK: tl.constexpr, STATES: tl.constexpr,
+    LOG: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        ptx.gdc_launch_dependents()
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -150,28 +209,34 @@ def _step_head(
     real = n < states
     both = inside[:, None] & real[None, :]
     at = ((row * heads + head) * width + p)[:, None] * states + n[None, :]
+    rate = tl.load(A_ptr + head).to(tl.float32)
+    if LOG:
+        rate = -exp(rate)
+    skip = 0.0
+    if HAS_D:
+        skip += tl.load(D_ptr + head).to(tl.float32)
+    delta = 0.0
+    if HAS_BIAS:
+        delta += tl.load(bias_ptr + head).to(tl.float32)
+    if EARLY:
+        ptx.gdc_wait()
     h = tl.load(state_ptr + at, mask=both, other=0.0)
     group = head // share
     B = tl.load(B_ptr + row * B_row + group * B_group + n * B_step, mask=real, other=0.0)
     C = tl.load(C_ptr + row * C_row + group * C_group + n * C_step, mask=real, other=0.0)
     x = tl.load(x_ptr + row * x_row + head * x_head + p * x_step, mask=inside, other=0.0)
     x = x.to(tl.float32)
-    delta = tl.load(delta_ptr + row * delta_row + head * delta_step).to(tl.float32)
-    if HAS_BIAS:
-        delta += tl.load(bias_ptr + head).to(tl.float32)
+    delta += tl.load(delta_ptr + row * delta_row + head * delta_step).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta)
     if LIMITED:
         delta = tl.where(delta < low, low, delta)
         delta = tl.where(delta > high, high, delta)
-    rate = tl.load(A_ptr + head).to(tl.float32)
     # A Δ below 0, which only a model without softplus can have, makes the state grow.
     decay = exp(delta * rate) if SOFTPLUS else tl.exp(delta * rate)
     h = tl.fma(h, decay, (delta * x)[:, None] * B.to(tl.float32)[None, :])
     tl.store(state_ptr + at, h, mask=both)
-    y = tl.sum(h * C.to(tl.float32)[None, :], axis=1)
-    if HAS_D:
-        y += tl.load(D_ptr + head).to(tl.float32) * x
+    y = tl.sum(h * C.to(tl.float32)[None, :], axis=1) + skip * x
     tl.store(y_ptr + (row * heads + head) * width + p, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -187,6 +252,7 @@ def ssd_state_update(
     *,
     delta_softplus: bool = True,
     delta_limit: tuple[float, float] = (0.0, math.inf),
+    log_rates: bool = False,
 ) -> Tensor:
     """Mamba-2's step on a GPU; a state that is not dense float32 goes through the reference."""
     if not _writable(state):
@@ -194,6 +260,7 @@ def ssd_state_update(
             *(state, x, delta, A, B, C, D, delta_bias),
             delta_softplus=delta_softplus,
             delta_limit=delta_limit,
+            log_rates=log_rates,
         )
     batch, heads, width, size = state.shape
     states = triton.next_power_of_2(size)
@@ -206,7 +273,8 @@ def ssd_state_update(
             heads, width, size, heads // B.shape[1], *delta_limit, *x.stride(), *delta.stride(),
             *B.stride(), *C.stride(),
             HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-            LIMITED=delta_limit != (0.0, math.inf), BLOCK=block, STATES=states, num_warps=4,
+            LIMITED=delta_limit != (0.0, math.inf), LOG=log_rates, BLOCK=block, STATES=states,
+            num_warps=4, **early(x),
         )  # fmt: skip
     return y
 
