@@ -20,6 +20,7 @@ from widefield.ops.state_update._triton import silu
 
 _TILE = 8192
 _PROGRAMS = 132
+_WARPS = 4
 
 
 @triton.jit
@@ -62,6 +63,8 @@ def _project(
                 state_ptr + (at * channels + c)[:, None] * TAPS + j[None, :] + 1,
                 mask=convolved[:, None] & (j < TAPS - 1)[None, :], other=0.0,
             )  # fmt: skip
+        if RESIDUAL:
+            added = tl.load(residual_ptr + at * residual_row + n, mask=inside, other=0.0)
         if GATE:
             gate = tl.load(gate_ptr + at * gate_row + k, mask=real, other=0.0)
             x *= silu(gate.to(tl.float32))
@@ -84,7 +87,6 @@ def _project(
                 total += shift
             y = tl.where(convolved, silu(total), y)
         if RESIDUAL:
-            added = tl.load(residual_ptr + at * residual_row + n, mask=inside, other=0.0)
             y += added.to(tl.float32)
         tl.store(y_ptr + at * outputs + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -119,7 +121,7 @@ def project(
             outputs, features, eps, 0 if convolution is None else convolution.first,
             state.shape[1], x.stride(0), gated.stride(0), added.stride(0),
             BIAS=bias is not None, GATE=gate is not None, NORM=norm is not None,
-            RESIDUAL=residual is not None, BATCH=batch, BLOCK=block, FEATURES=padded, num_warps=4,
+            RESIDUAL=residual is not None, BATCH=batch, BLOCK=block, FEATURES=padded, num_warps=_WARPS,
             **conv, **early(x),
         )  # fmt: skip
     return y
