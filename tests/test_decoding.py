@@ -24,6 +24,7 @@ from widefield.methods import DeciMamba, LongMamba
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if GPU else []
 PADDING = (0, 5, 29)
 IDS = torch.randint(3, 380, (3, 30), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 MASK = torch.stack([(torch.arange(30) >= padding).long() for padding in PADDING]).to(DEVICE)
@@ -117,6 +118,23 @@ def test_every_family_without_attention_decodes_through_a_graph(kind: str) -> No
     for rows in (1, 3):
         plain, graphed = both(model, ids=IDS[:rows], mask=MASK[:rows])
         assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_tokens_are_the_same_in_every_dtype(dtype: torch.dtype) -> None:
+    model = extended().to(dtype)
+    for rows in (1, 20):
+        ids, mask = IDS[:1].repeat(rows, 1), MASK[:1].repeat(rows, 1)
+        plain, graphed = both(model, ids=ids, mask=mask)
+        assert torch.equal(plain, graphed)
+
+
+def test_a_prompt_may_lie_on_the_cpu() -> None:
+    model = extended()
+    ids = IDS[:2].cpu()
+    plain, graphed = both(model, ids=ids, mask=torch.ones_like(ids))
+    assert torch.equal(plain, graphed)
+    assert graphed.device == ids.device
 
 
 def test_methods_act_on_the_prompt_as_ever(calibration: wf.Calibration) -> None:

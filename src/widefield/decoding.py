@@ -9,7 +9,7 @@ copied in from the cache behind the prompt, and out again where somebody keeps t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,6 +33,7 @@ from widefield.prefilling import cache_name
 __all__ = ["Graphs", "check_mode", "check_model", "graph_wanted", "is_wanted", "sample"]
 
 _GPU = "cuda"
+_COMPARED = (bool, int, float, str, type(None))
 _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
@@ -228,7 +229,8 @@ class Choice:
     def take(self, logits: Tensor) -> None:
         """Choose the next token of each row from logits (B, L, V), the last ones count."""
         # A copy, since processors may write into it, and the graph will write over the original.
-        raw = logits[:, -1].to(copy=True, dtype=torch.float32, device=self._buffer.device)
+        copied = bool(self._processors) or self.raw_logits is not None or self.scores is not None
+        raw = logits[:, -1].to(self._buffer.device, torch.float32, copy=copied)
         scores = self._processors(self.sequences, raw)
         if self.scores is not None:
             self.scores += (scores,)
@@ -280,9 +282,10 @@ class News:
         if self._silent:
             return
         newest = torch.stack([self._choice.tokens, self._choice.running])
-        self._sent.copy_(newest, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
+        with torch.cuda.device_of(newest):
+            self._sent.copy_(newest, non_blocking=True)
+            if self._event is not None:
+                self._event.record()
 
     def ended(self) -> bool:
         """Wait for what was sent, stream it, and tell whether all rows have ended."""
@@ -428,18 +431,31 @@ def _states(cache: Any) -> list[Tensor]:
     ]
 
 
-def _signature(model: nn.Module) -> tuple[Any, ...]:
+def _signature(model: nn.Module) -> list[Any]:
     """What changes with any weight and any setting that a recorded step depends on."""
-    return tuple((type(module), _plain(module.__dict__)) for module in model.modules())
+    found: list[Any] = []
+    for module in model.modules():
+        found.append(type(module))
+        _note(vars(module).values(), found)
+    return found
 
 
-def _plain(value: Any) -> Any:
-    """A value that compares equal as long as nothing of it has changed."""
-    if isinstance(value, Tensor):
-        version = 0 if value.is_inference() else value._version
-        return id(value), value.data_ptr(), value.dtype, version
-    if isinstance(value, dict):
-        return tuple((_plain(key), _plain(part)) for key, part in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(_plain(part) for part in value)
-    return value if isinstance(value, bool | int | float | str | type(None)) else id(value)
+def _note(values: Iterable[Any], found: list[Any]) -> None:
+    """Add something for each value that compares equal as long as nothing of it has changed."""
+    for value in values:
+        if type(value) in _COMPARED:
+            found.append(value)
+        elif isinstance(value, Tensor):
+            version = 0 if value.is_inference() else value._version
+            found += (id(value), value.data_ptr(), value.dtype, version)
+        elif isinstance(value, dict | list | tuple | set | frozenset):
+            if not value:
+                found.append(0)
+            elif isinstance(value, dict):
+                found.append(tuple(value))
+                _note(value.values(), found)
+            else:
+                found.append(len(value))
+                _note(value, found)
+        else:
+            found.append(id(value))

@@ -121,8 +121,8 @@ def project(
             outputs, features, eps, 0 if convolution is None else convolution.first,
             state.shape[1], x.stride(0), gated.stride(0), added.stride(0),
             BIAS=bias is not None, GATE=gate is not None, NORM=norm is not None,
-            RESIDUAL=residual is not None, BATCH=batch, BLOCK=block, FEATURES=padded, num_warps=_WARPS,
-            **conv, **early(x),
+            RESIDUAL=residual is not None, BATCH=batch, BLOCK=block, FEATURES=padded,
+            num_warps=_WARPS, **conv, **early(x),
         )  # fmt: skip
     return y
 
