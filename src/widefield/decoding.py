@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    GenerationMode,
-    MaxLengthCriteria,
-)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from widefield import families
 from widefield.errors import WidefieldError
@@ -208,8 +206,8 @@ class Choice:
         pad = config._pad_token_tensor
         self._pad = None if pad is None else pad.to(prompt.device)
         detailed = bool(config.return_dict_in_generate)
-        self.scores = () if detailed and config.output_scores else None
-        self.raw_logits = () if detailed and config.output_logits else None
+        self.scores: Any = () if detailed and config.output_scores else None
+        self.raw_logits: Any = () if detailed and config.output_logits else None
         self.running = torch.ones(prompt.shape[0], dtype=torch.long, device=prompt.device)
         self.tokens = self.running
         self._length = prompt.shape[1]
@@ -408,11 +406,13 @@ class StepGraph:
 
     def load(self, cache: Any) -> None:
         """Start behind the states of a cache."""
-        torch._foreach_copy_(self._states, _states(cache))
+        for ours, theirs in zip(self._states, _states(cache), strict=True):
+            ours.copy_(theirs)
 
     def store(self, cache: Any) -> None:
         """Write the states behind the last step into a cache."""
-        torch._foreach_copy_(_states(cache), self._states)
+        for ours, theirs in zip(self._states, _states(cache), strict=True):
+            theirs.copy_(ours)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The logits (B, 1, V) behind tokens (B,), in a tensor that the next step overwrites."""

@@ -89,9 +89,10 @@ class ResidualBlock(DroppingBlock):
             return super().body(hidden_states, *args, **kwargs)
         cache, turn = kwargs.get("cache_params"), kwargs.get("attention_mask")
         past = turn.past if isinstance(turn, Turn) and turn.padding is None else None
-        if past is not None and steps_in_few_kernels(self.norm, self.mixer, hidden_states):
+        norm: Any = self.norm
+        if past is not None and steps_in_few_kernels(norm, self.mixer, hidden_states):
             dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
-            return self.mixer.block_step(hidden_states, self.norm, past, dtype)
+            return self.mixer.block_step(hidden_states, norm, past, dtype)
         out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         return residual + out

@@ -3,6 +3,8 @@
 A program has some rows of the weight in registers and goes over the batch with them. Recorded into
 a CUDA graph, it may start while the kernel before it still runs, and reads its weights meanwhile.
 """
+# What a flag of the kernel switches off has no value there, and no use.
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as ptx
 
 from widefield.ops._early import early
 from widefield.ops.project.reference import Convolution
@@ -33,7 +34,7 @@ def _project(
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        ptx.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, FEATURES)
     inside, real = n < outputs, k < features
@@ -54,7 +55,7 @@ def _project(
         if SHIFT:
             shift = tl.load(shift_ptr + c, mask=convolved, other=0.0).to(tl.float32)
     if EARLY:
-        ptx.gdc_wait()
+        tl.extra.cuda.gdc_wait()
     for row in range(BATCH):
         at = tl.cast(row, tl.int64)
         x = tl.load(x_ptr + at * x_row + k, mask=real, other=0.0).to(tl.float32)

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as ptx
 
 from widefield.ops._early import early
 from widefield.ops.state_update import reference
@@ -72,7 +71,7 @@ def _step(
 ):  # fmt: skip
     # With a RANK, Δ comes as what dt_proj reads, dt_proj's weight beside it, and A as its log.
     if EARLY:
-        ptx.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES).to(tl.int64)[None, :]
@@ -81,6 +80,8 @@ def _step(
     at = (row * channels + d)[:, None] * states + n
     rate = tl.load(A_ptr + d[:, None] * states + n, mask=both, other=0.0).to(tl.float32)
     skip = tl.zeros((BLOCK,), tl.float32)
+    r = tl.arange(0, max(RANK, 1))
+    weight = tl.zeros((BLOCK, max(RANK, 1)), rank_ptr.dtype.element_ty)
     if HAS_D:
         skip += tl.load(D_ptr + d, mask=inside, other=0.0).to(tl.float32)
     delta = tl.zeros((BLOCK,), tl.float32)
@@ -88,11 +89,10 @@ def _step(
         delta += tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
     if RANK > 0:
         rate = -exp(rate)
-        r = tl.arange(0, RANK)
         taken = inside[:, None] & (r < rank)[None, :]
         weight = tl.load(rank_ptr + d[:, None] * rank + r[None, :], mask=taken, other=0.0)
     if EARLY:
-        ptx.gdc_wait()
+        tl.extra.cuda.gdc_wait()
     h = tl.load(state_ptr + at, mask=both, other=0.0)
     group = (d // share)[:, None]
     B = tl.load(B_ptr + row * B_row + group * B_group + n * B_step, mask=both, other=0.0)
@@ -200,7 +200,7 @@ def _step_head(
     LOG: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        ptx.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -219,7 +219,7 @@ def _step_head(
     if HAS_BIAS:
         delta += tl.load(bias_ptr + head).to(tl.float32)
     if EARLY:
-        ptx.gdc_wait()
+        tl.extra.cuda.gdc_wait()
     h = tl.load(state_ptr + at, mask=both, other=0.0)
     group = head // share
     B = tl.load(B_ptr + row * B_row + group * B_group + n * B_step, mask=real, other=0.0)
