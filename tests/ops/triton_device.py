@@ -35,5 +35,5 @@ def on_triton(test: Test) -> Test:
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """‖value − truth‖ / ‖truth‖, computed in float64 where `truth` lies."""
-    value = value.to(truth.device).double()
+    value, truth = value.detach().to(truth.device).double(), truth.detach()
     return float((value - truth).norm() / truth.norm().clamp_min(1e-30))

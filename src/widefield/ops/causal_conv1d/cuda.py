@@ -104,7 +104,8 @@ def _forward(
     before = _before(
         x_ptr, s_ptr, seq_ptr, cu_ptr, row, start, d, dm, channels, sxb, sxl, HAS_STATE, PACKED, K
     )  # fmt: skip
-    for first in range(start, tl.minimum(start + SEGMENT, length), AHEAD):
+    for step in range(SEGMENT // AHEAD):
+        first = start + step * AHEAD
         read = ()
         for u in tl.static_range(AHEAD):
             x = tl.load(
