@@ -216,13 +216,13 @@ def test_packed_sequences_in_triton_are_as_exact_as_the_reference(
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("taps", [2, 4, 5])
+@pytest.mark.parametrize("taps", [2, 4])
 def test_every_length_in_triton_is_as_exact_as_the_reference(
     dtype: torch.dtype, with_state: bool, taps: int
 ) -> None:
     from widefield.ops.causal_conv1d import cuda
 
-    for length in (*LENGTHS, 3, 64, 65, 130):
+    for length in (*LENGTHS, 3, 65):
         *tensors, state = problem(1, length, 45, taps, dtype)
         call = {"initial_state": state} if with_state else {}
         double = {"dtype": torch.float64, "device": DEVICE}
