@@ -16,7 +16,9 @@ class Norm(nn.Module):
 
     weight: Tensor
     variance_epsilon: float
-    keeps_dtype: ClassVar[bool] = False  # whether the output has the dtype of the input
+    # Whether the output is as wide as a weight that is wider than the input, in all versions of
+    # transformers.
+    widens: ClassVar[bool] = True
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch width"], dtype: torch.dtype | None = None
@@ -27,9 +29,8 @@ class Norm(nn.Module):
             hidden_states: any floating dtype.
             dtype: what the input would be rounded to first by whoever calls; None for its own.
         """
-        if ops.runs_kernels(hidden_states, self.weight):
-            if dtype is None and self.keeps_dtype:
-                dtype = hidden_states.dtype
+        known = self.widens or dtype is not None or hidden_states.dtype == self.weight.dtype
+        if known and ops.runs_kernels(hidden_states, self.weight):
             return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype=dtype)
         rounded = hidden_states if dtype is None else hidden_states.to(dtype)
         plain: Any = super().forward
@@ -58,7 +59,8 @@ class GatedNorm(nn.Module):
     @property
     def groups(self) -> int:
         """How many parts of the last dimension are normed apart."""
-        return self.weight.shape[0] // self.group_size  # type: ignore[operator]
+        width = self.weight.shape[0]
+        return width // getattr(self, "group_size", width)  # older versions know one group only
 
     @property
     def gate_first(self) -> bool:

@@ -62,6 +62,11 @@ class Mamba1Mixer(Mixer):
         return None if bias is None else bias.float()
 
     @property
+    def raw_delta_bias(self) -> Tensor | None:
+        """(D,) the same in the dtype that it has."""
+        return self.dt_proj.bias
+
+    @property
     def rates(self) -> Tensor:
         """A (D, N), negative, in float32."""
         return -torch.exp(self.A_log.float()).flatten(0, -2)
@@ -83,9 +88,9 @@ class Mamba1Mixer(Mixer):
             A=self.rates,
             B=B,
             C=C,
-            D=self.D.float().flatten(),
+            D=self.D.flatten(),
             z=z,
-            delta_bias=self.delta_bias,
+            delta_bias=self.raw_delta_bias,
             valid=valid,
         )
         return inputs, None, conv_state

@@ -7,13 +7,19 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHBlock,
     NemotronHMamba2Mixer,
     NemotronHRMSNorm,
-    NemotronHRMSNormGated,
 )
 
 from widefield.families._attention import why_no_mask
 from widefield.families._blocks import DroppingBlock
 from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
+
+try:
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+except ImportError:  # older versions of transformers take that of Zamba2
+    from transformers.models.zamba2.modeling_zamba2 import (
+        Zamba2RMSNormGated as NemotronHRMSNormGated,
+    )
 
 
 class WidefieldNemotronHMamba2Mixer(SSDMixer, NemotronHMamba2Mixer):
@@ -32,11 +38,11 @@ def why_not_decimate(model: nn.Module) -> str | None:
 class WidefieldNemotronHRMSNorm(Norm, NemotronHRMSNorm):
     """`NemotronHRMSNorm` in one pass."""
 
-    keeps_dtype = True
+    widens = False
 
 
 class WidefieldNemotronHRMSNormGated(GatedNorm, NemotronHRMSNormGated):
-    """`NemotronHRMSNormGated` in one pass."""
+    """NemotronH's gated norm in one pass."""
 
 
 SWAPS = {

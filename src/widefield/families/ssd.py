@@ -66,8 +66,8 @@ class SSDMixer(Mixer):
             A=-torch.exp(self.A_log.float()),
             B=B,
             C=C,
-            D=self.D.float(),
-            delta_bias=self.dt_bias.float(),
+            D=self.D,
+            delta_bias=self.dt_bias,
             delta_limit=(float(low), float(high)),
             valid=valid,
         )

@@ -40,6 +40,11 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
         """(D,) of all heads, in float32."""
         return self.dt_proj_bias.float().flatten()
 
+    @property
+    def raw_delta_bias(self) -> Tensor:
+        """(D,) of all heads, in the dtype that it has."""
+        return self.dt_proj_bias.flatten()
+
     forward = run_with("conv1d")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from widefield.errors import WidefieldError
@@ -20,7 +20,7 @@ def causal_conv1d(
     *,
     silu: bool = True,
     initial_state: Float[Tensor, "sequences channels kernel"] | None = None,
-    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "sequences channels kernel"]]:
     """Causal depthwise convolution over the length, continuing from a state.
 

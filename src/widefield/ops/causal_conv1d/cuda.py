@@ -13,6 +13,10 @@ from widefield.ops.causal_conv1d import reference
 
 _TIME = 64
 _BLOCK = 64
+_SEGMENT = 64  # tokens of a program of the forward
+_AHEAD = 8
+_WIDTH = 512  # channels of a program of the forward
+_WARPS = 2
 
 
 @triton.jit
@@ -56,37 +60,97 @@ def _preactivation(
 
 
 @triton.jit
+def _before(
+    x_ptr, s_ptr, seq_ptr, cu_ptr, row, t, d, dm, channels, sxb, sxl,
+    HAS_STATE: tl.constexpr, PACKED: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    # The K - 1 inputs in front of token t, the oldest first, from x or from its sequence's state.
+    number = row
+    begin = t * 0
+    if PACKED:
+        number = tl.load(seq_ptr + t).to(tl.int64)
+        begin = tl.load(cu_ptr + number).to(tl.int64)
+    found = ()
+    for k in tl.static_range(K - 1):
+        source = t - (K - 1) + k
+        x = tl.load(x_ptr + row * sxb + source * sxl + d, mask=dm & (source >= begin), other=0.0)
+        x = x.to(tl.float32)
+        if HAS_STATE:
+            at = s_ptr + (number * channels + d) * K + (source - begin + K)
+            x += tl.load(at, mask=dm & (source < begin), other=0.0).to(tl.float32)
+        found = found + (x,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
 def _forward(
     x_ptr, w_ptr, bias_ptr, s_ptr, seq_ptr, cu_ptr, y_ptr, last_ptr, length, channels, sxb, sxl,
     HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
-    K: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, SEGMENT: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    # Some channels of a segment of the tokens, one token after the other: every input is read once,
+    # AHEAD of them before the first is used.
     row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * TIME + tl.arange(0, TIME)
-    d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(0).to(tl.int64) * SEGMENT
+    d = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     dm = d < channels
-    sequence, begin = _sequence(seq_ptr, cu_ptr, row, t, length, PACKED)
-    acc = _preactivation(
-        x_ptr, w_ptr, bias_ptr, s_ptr, row, t, sequence, begin, d, dm, length, channels, sxb, sxl,
-        HAS_BIAS, HAS_STATE, K, TIME, BLOCK,
+    taps = ()
+    for k in tl.static_range(K):
+        tap = tl.load(w_ptr + d * K + k, mask=dm, other=0.0)
+        taps = taps + (tap.to(tl.float32),)  # noqa: RUF005
+    bias = tl.zeros((WIDTH,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=dm, other=0.0).to(tl.float32)
+    before = _before(
+        x_ptr, s_ptr, seq_ptr, cu_ptr, row, start, d, dm, channels, sxb, sxl, HAS_STATE, PACKED, K
     )  # fmt: skip
-    if SILU:
-        acc = acc / (1.0 + tl.exp(-acc))
-    tl.store(
-        y_ptr + (row * length + t[:, None]) * channels + d[None, :],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=(t < length)[:, None] & dm[None, :],
-    )
-    if (not PACKED) and (tl.program_id(0) + 1) * TIME >= length:
-        x_ptr += row * sxb + d
-        at = (row * channels + d) * K
-        for k in tl.static_range(K):
-            source = tl.cast(length, tl.int64) - K + k
-            last = tl.load(x_ptr + source * sxl, mask=dm & (source >= 0), other=0.0)
-            if HAS_STATE:
-                before = tl.load(s_ptr + at + (source + K), mask=dm & (source < 0), other=0.0)
-                last += before.to(last.dtype)
-            tl.store(last_ptr + at + k, last, mask=dm)
+    for step in range(SEGMENT // AHEAD):
+        first = start + step * AHEAD
+        read = ()
+        for u in tl.static_range(AHEAD):
+            x = tl.load(
+                x_ptr + row * sxb + (first + u) * sxl + d,
+                mask=dm & (first + u < length),
+                other=0.0,
+            )
+            read = read + (x,)  # noqa: RUF005
+        for u in tl.static_range(AHEAD):
+            t = first + u
+            if PACKED:
+                number = tl.load(seq_ptr + t, mask=t < length, other=0).to(tl.int64)
+                begins = tl.load(cu_ptr + number).to(tl.int64) == t
+                kept = ()
+                for k in tl.static_range(K - 1):
+                    fresh = tl.zeros((WIDTH,), tl.float32)
+                    if HAS_STATE:
+                        at = s_ptr + (number * channels + d) * K + k + 1
+                        fresh = tl.load(at, mask=dm & begins, other=0.0).to(tl.float32)
+                    kept = kept + (tl.where(begins, fresh, before[k]),)  # noqa: RUF005
+                before = kept
+            x = read[u].to(tl.float32)
+            y = bias + taps[K - 1] * x
+            for k in tl.static_range(K - 1):
+                y += taps[k] * before[k]
+            if SILU:
+                y = y / (1.0 + tl.exp(-y))
+            tl.store(
+                y_ptr + (row * length + t) * channels + d,
+                y.to(y_ptr.dtype.element_ty),
+                mask=dm & (t < length),
+            )
+            before = before[1:] + (x,)  # noqa: RUF005
+    if not PACKED:
+        if start + SEGMENT >= length:
+            at = (row * channels + d) * K
+            for k in tl.static_range(K):
+                source = tl.cast(length, tl.int64) - K + k
+                last = tl.load(
+                    x_ptr + row * sxb + source * sxl + d, mask=dm & (source >= 0), other=0.0
+                )
+                if HAS_STATE:
+                    held = tl.load(s_ptr + at + (source + K), mask=dm & (source < 0), other=0.0)
+                    last += held.to(last.dtype)
+                tl.store(last_ptr + at + k, last, mask=dm)
 
 
 @triton.jit
@@ -178,21 +242,21 @@ class _Call:
             numbers = torch.searchsorted(cu_seqlens, places, right=True, out_int32=True) - 1
             self.packing = (numbers, cu_seqlens)
         self.common = (length, channels, x.stride(0), x.stride(1))
-        self.flags = {
-            "HAS_STATE": state is not None, "PACKED": cu_seqlens is not None,
-            "K": weight.shape[1], "TIME": _TIME, "BLOCK": _BLOCK,
-        }  # fmt: skip
-        self.with_bias = {**self.flags, "HAS_BIAS": bias is not None, "SILU": silu}
+        self.layout = {"K": weight.shape[1], "HAS_STATE": state is not None,
+                       "PACKED": cu_seqlens is not None}  # fmt: skip
+        self.switches = {**self.layout, "HAS_BIAS": bias is not None, "SILU": silu}
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs, and the last K inputs unless sequences are packed."""
         batch, length, channels = x.shape
         y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
         last = torch.empty(batch, channels, weight.shape[1], dtype=x.dtype, device=x.device)
+        width = min(_WIDTH, triton.next_power_of_2(channels))
+        grid = (triton.cdiv(length, _SEGMENT), triton.cdiv(channels, width), batch)
         with torch.cuda.device_of(x):
-            _forward[self.grid](
+            _forward[grid](
                 x, weight, self.bias, self.state, *self.packing, y, last, *self.common,
-                **self.with_bias,
+                **self.switches, SEGMENT=_SEGMENT, AHEAD=_AHEAD, WIDTH=width, num_warps=_WARPS,
             )  # fmt: skip
         return y, last
 
@@ -207,11 +271,12 @@ class _Call:
         with torch.cuda.device_of(x):
             _activation_gradient[self.grid](
                 x, weight, self.bias, self.state, *self.packing, dy, g, *self.common,
-                **self.with_bias,
+                **self.switches, TIME=_TIME, BLOCK=_BLOCK,
             )  # fmt: skip
             _input_gradient[self.grid](
-                x, weight, self.state, *self.packing, g, dx, dw, db, *self.common, **self.flags
-            )
+                x, weight, self.state, *self.packing, g, dx, dw, db, *self.common,
+                **self.layout, TIME=_TIME, BLOCK=_BLOCK,
+            )  # fmt: skip
         return dx, dw.sum(0), db.sum(0)
 
 

@@ -23,6 +23,7 @@ def _score(
     delta_batch, delta_token, valid_batch, valid_token,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr,
     WEIGHT: tl.constexpr, VALID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = token // length
@@ -30,8 +31,8 @@ def _score(
     inside = token < tokens
     start = batch * delta_batch + place * delta_token
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, channels, BLOCK):
-        d = first + tl.arange(0, BLOCK)
+    for block in range(BLOCKS):
+        d = block * BLOCK + tl.arange(0, BLOCK)
         here = d < channels
         mask = inside[:, None] & here[None, :]
         value = tl.load(delta_ptr + start[:, None] + d[None, :], mask=mask, other=0.0)
@@ -82,6 +83,6 @@ def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Tensor:
             HAS_BIAS=inputs.delta_bias is not None, SOFTPLUS=inputs.delta_softplus,
             LIMIT=limit != (0.0, math.inf), CLAMP=pool.clamp is not None,
             WEIGHT=pool.weight is not None, VALID=inputs.valid is not None,
-            ROWS=rows, BLOCK=block,
+            ROWS=rows, BLOCK=block, BLOCKS=triton.cdiv(channels, block),
         )  # fmt: skip
     return score
