@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -13,22 +11,12 @@ from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from tests.models import tiny_family
+from tests.ops.triton_device import DEVICE, DTYPES, INTERPRETED, on_triton
 from widefield.extension import extend
 from widefield.families.mamba1 import Mamba1Mixer
 from widefield.families.ssd import SSDMixer
 from widefield.ops import use_backend
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [
-    *([] if INTERPRETED else [pytest.mark.gpu]),
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
-    ),
-]
 IDS = torch.randint(3, 380, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -89,11 +77,10 @@ def step(model: Any, cache: Any, backend: Any) -> tuple[Tensor, list[Tensor]]:
     return logits, states
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_a_block_steps_as_its_modules_do(build: Any, dtype: torch.dtype, taken: list[str]) -> None:
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter cuts bfloat16 off where a GPU rounds")
     model = extend(build().to(DEVICE, dtype))
     cache = prefilled(model)
     truth, exact = step(model, cache, "reference")
@@ -121,6 +108,7 @@ def with_another_norm(model: Any) -> None:
     model.backbone.layers[0].norm = nn.RMSNorm(32).to(DEVICE)
 
 
+@on_triton
 @pytest.mark.parametrize("change", [hooked, replaced, with_another_norm])
 def test_modules_that_were_touched_are_called(change: Any, taken: list[str]) -> None:
     model = extend(tiny_family("mamba").to(DEVICE))
@@ -132,6 +120,7 @@ def test_modules_that_were_touched_are_called(change: Any, taken: list[str]) -> 
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
+@on_triton
 def test_many_rows_go_through_the_modules(taken: list[str]) -> None:
     model = extend(tiny_family("mamba").to(DEVICE))
     with torch.no_grad(), use_backend("reference"):

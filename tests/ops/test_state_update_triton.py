@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,25 +12,13 @@ from torch import Tensor
 
 from tests.ops.cases import DELTAS, scan_inputs, ssd_inputs
 from tests.ops.test_state_update import arguments, ssd_arguments, state_of
+from tests.ops.triton_device import DEVICE, INTERPRETED, error, on_triton
+from tests.ops.triton_device import DTYPES as ALL_DTYPES
 from widefield.ops.state_update import reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    *([] if INTERPRETED else [pytest.mark.gpu]),
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
-    ),
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter cuts bfloat16 off where a GPU rounds.
-DTYPES = (torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16]))
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double().cpu() - truth).norm() / (truth.norm() + 1e-30))
+# Of the narrow ones, the interpreter rounds to float16 only.
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [*ALL_DTYPES]
+HEADS = [(4, 20, 2, 18), (1, 1, 1, 1), (2, 9, 1, 128) if INTERPRETED else (24, 64, 1, 128)]
 
 
 def assert_as_exact_as(
@@ -55,6 +41,7 @@ def assert_as_exact_as(
         assert error(value, exact) <= 2 * error(same, exact) + 3e-7
 
 
+@on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 32, 70])
 @pytest.mark.parametrize("kernel", [1, 2, 4])
@@ -70,6 +57,7 @@ def test_the_convolution_takes_one_step(
         assert_as_exact_as("causal_conv1d_update", state, tokens, silu=silu)
 
 
+@on_triton
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize(("channels", "size"), [(1, 1), (40, 16), (70, 9), (33, 128)])
 def test_the_selective_scan_takes_one_step(delta: str, channels: int, size: int) -> None:
@@ -77,6 +65,7 @@ def test_the_selective_scan_takes_one_step(delta: str, channels: int, size: int)
     assert_as_exact_as("selective_state_update", state_of(inputs), arguments(inputs))
 
 
+@on_triton
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("absent", [[], ["z"], ["D", "delta_bias"]], ids=str)
 def test_narrow_and_absent_inputs_of_the_scan(dtype: torch.dtype, absent: list[str]) -> None:
@@ -84,6 +73,7 @@ def test_narrow_and_absent_inputs_of_the_scan(dtype: torch.dtype, absent: list[s
     assert_as_exact_as("selective_state_update", state_of(inputs), arguments(inputs))
 
 
+@on_triton
 def test_groups_of_channels_have_their_own_B_and_C() -> None:
     inputs = scan_inputs(2, 1, 42, 16)
     x, delta, A, _, _, *rest = arguments(inputs)
@@ -92,6 +82,7 @@ def test_groups_of_channels_have_their_own_B_and_C() -> None:
     assert_as_exact_as("selective_state_update", state_of(inputs), tokens)
 
 
+@on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "size", "rank"), [(1, 1, 1), (40, 16, 5), (70, 9, 48)])
 def test_the_scan_takes_one_step_from_the_low_rank_of_its_delta(
@@ -105,8 +96,9 @@ def test_the_scan_takes_one_step_from_the_low_rank_of_its_delta(
     assert_as_exact_as("low_rank_state_update", state_of(inputs), tokens)
 
 
+@on_triton
 @pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize("shape", [(4, 20, 2, 18), (1, 1, 1, 1), (6, 64, 1, 128)], ids=str)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.02, 0.1)], ids=str)
 def test_the_scan_of_mamba_2_takes_one_step(
     delta: str, shape: tuple[int, int, int, int], limit: tuple[float, float]
@@ -116,6 +108,7 @@ def test_the_scan_of_mamba_2_takes_one_step(
     assert_as_exact_as("ssd_state_update", state_of(inputs), tokens, delta_limit=limit)
 
 
+@on_triton
 def test_rates_of_mamba_2_may_come_as_logarithms() -> None:
     inputs = ssd_inputs(2, 1)
     x, delta, A, *rest = ssd_arguments(inputs)
@@ -124,6 +117,7 @@ def test_rates_of_mamba_2_may_come_as_logarithms() -> None:
     assert_as_exact_as("ssd_state_update", state_of(inputs), tokens, log_rates=True)
 
 
+@on_triton
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("absent", [[], ["D"], ["D", "delta_bias"]], ids=str)
 def test_narrow_and_absent_inputs_of_mamba_2(dtype: torch.dtype, absent: list[str]) -> None:
@@ -131,12 +125,14 @@ def test_narrow_and_absent_inputs_of_mamba_2(dtype: torch.dtype, absent: list[st
     assert_as_exact_as("ssd_state_update", state_of(inputs), ssd_arguments(inputs))
 
 
+@on_triton
 def test_a_state_that_the_kernels_cannot_write_is_updated_all_the_same() -> None:
     inputs = scan_inputs(2, 1, 20)
     strided = state_of(inputs).transpose(1, 2).contiguous().transpose(1, 2)
     assert_as_exact_as("selective_state_update", strided, arguments(inputs))
 
 
+@on_triton
 @pytest.mark.skipif(INTERPRETED, reason="needs 9 GiB")
 def test_states_past_two_thousand_million_elements() -> None:
     """The last row of a state with more than 2^31 elements comes out as it does alone."""
