@@ -25,7 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from widefield import families
 from widefield.errors import WidefieldError
 from widefield.families import LayerCache
-from widefield.ops import forced_backend
+from widefield.ops import forced_backend, overlapping
 from widefield.prefilling import cache_name
 
 __all__ = ["Graphs", "check_mode", "check_model", "graph_wanted", "is_wanted", "sample"]
@@ -385,7 +385,7 @@ class StepGraph:
         self._record(model)
 
     def _record(self, model: nn.Module) -> None:
-        with torch.cuda.device(self._tokens.device):
+        with torch.cuda.device(self._tokens.device), overlapping():
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):

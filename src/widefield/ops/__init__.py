@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from widefield.ops._backend import forced_backend, runs_kernels, use_backend
 from widefield.ops._delta import effective_delta
+from widefield.ops._early import overlapping
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
 from widefield.ops.project import Convolution, project, projects_fast
@@ -27,6 +28,7 @@ __all__ = [
     "forced_backend",
     "gated_rms_norm",
     "low_rank_state_update",
+    "overlapping",
     "pool_tokens",
     "project",
     "projects_fast",

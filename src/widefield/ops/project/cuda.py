@@ -1,7 +1,7 @@
 """A linear projection of one token a row in Triton: at its floor, the reading of the weights.
 
-A program has some rows of the weight in registers and goes over the batch with them. Recorded into
-a CUDA graph, it may start while the kernel before it still runs, and reads its weights meanwhile.
+A program has some rows of the weight in registers and goes over the batch with them. Where it may
+start while the kernel before it still runs, it reads its weights meanwhile.
 """
 # What a flag of the kernel switches off has no value there, and no use.
 # pyright: reportPossiblyUnboundVariable=false
