@@ -15,7 +15,7 @@ from tests.ops.triton_device import DEVICE, DTYPES, INTERPRETED, on_triton
 from widefield.extension import extend
 from widefield.families.mamba1 import Mamba1Mixer
 from widefield.families.ssd import SSDMixer
-from widefield.ops import use_backend
+from widefield.ops import overlapping, use_backend
 
 IDS = torch.randint(3, 380, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -118,6 +118,18 @@ def test_modules_that_were_touched_are_called(change: Any, taken: list[str]) -> 
     ours, _ = step(model, cache, "cuda")
     assert len(taken) == model.config.num_hidden_layers - 1
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
+@on_triton
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_kernels_that_start_early_give_the_same_bits(build: Any) -> None:
+    model = extend(build().to(DEVICE))
+    cache = prefilled(model)
+    logits, states = step(model, cache, "cuda")
+    with overlapping():
+        early, after = step(model, cache, "cuda")
+    assert torch.equal(early, logits)
+    assert all(torch.equal(one, other) for one, other in zip(after, states, strict=True))
 
 
 @on_triton
