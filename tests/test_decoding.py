@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -313,6 +314,14 @@ def test_a_graph_in_use_is_not_lent_twice() -> None:
     outer = generated(model, cuda_graph=True, logits_processor=LogitsProcessorList([nested]))
     assert torch.equal(outer, plain)
     assert all(torch.equal(answer, plain) for answer in nested.answers)
+
+
+def test_two_threads_decode_with_one_model() -> None:
+    model = extended()
+    plain = generated(model)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(generated, model, cuda_graph=True) for _ in range(4)]
+    assert all(torch.equal(run.result(), plain) for run in runs)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ copied in from the cache behind the prompt, and out again where somebody keeps t
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -306,6 +307,7 @@ class Graphs:
     def __init__(self) -> None:
         """None yet."""
         self._free: list[tuple[tuple[Any, ...], StepGraph]] = []
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         """None: a graph belongs to the tensors it was recorded with."""
@@ -328,16 +330,18 @@ class Graphs:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
         weights = _signature(model)
         key = (weights, forced_backend(), tuple((t.shape, t.dtype) for t in _states(cache)))
-        self._free = [pair for pair in self._free if pair[0][0] == weights]
-        for index, (known, graph) in enumerate(self._free):
-            if known == key:
-                del self._free[index]
-                return key, graph
+        with self._lock:
+            self._free = [pair for pair in self._free if pair[0][0] == weights]
+            for index, (known, graph) in enumerate(self._free):
+                if known == key:
+                    del self._free[index]
+                    return key, graph
         return key, StepGraph(model, cache, batch)
 
     def give_back(self, key: tuple[Any, ...], graph: StepGraph) -> None:
         """Keep a step for the next call."""
-        self._free = [*self._free[1 - _GRAPHS_KEPT :], (key, graph)]
+        with self._lock:
+            self._free = [*self._free[1 - _GRAPHS_KEPT :], (key, graph)]
 
 
 class Steps:
