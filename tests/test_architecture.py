@@ -24,7 +24,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"plan", "calibration"}),
     frozenset({"ops"}),
     frozenset({"methods", "families"}),
-    frozenset({"extension", "original", "loading", "collect", "bundled", "states", "prefilling"}),
+    frozenset(
+        {
+            "extension",
+            "original",
+            "loading",
+            "collect",
+            "bundled",
+            "states",
+            "prefilling",
+            "decoding",
+        }
+    ),
     frozenset({"tasks", "evaluation", "analysis", "training", "integrations"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from widefield import families
+from widefield import decoding, families
 from widefield.calibration import Calibration
 from widefield.errors import WidefieldError
 from widefield.families import Observer
@@ -52,6 +52,7 @@ class Extension:
         methods: the methods, in the order in which they were given.
         layout: what the methods know of the model.
         observer: called with (layer, scan inputs) in every prefill, or None.
+        graphs: decode steps that were recorded for `generate(cuda_graph=True)`.
     """
 
     def __init__(self, layout: ModelLayout, methods: Sequence[Method]) -> None:
@@ -66,6 +67,7 @@ class Extension:
         self.layout = layout
         self.methods = tuple(methods)
         self.observer: Observer | None = None
+        self.graphs = decoding.Graphs()
         self._plans: OrderedDict[tuple[Any, ...], LayerPlan] = OrderedDict()
         plan_layer(
             self.methods, layout.layers[0], (0,), (1,)
@@ -267,7 +269,36 @@ class _ExtendedModel:
         write_extension(self.widefield, Path(save_directory))
         return result
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        super()._validate_generation_mode(  # type: ignore[misc]
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+        if decoding.is_wanted():
+            decoding.check_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop over tokens; transformers' own unless a graph is wanted."""
+        if decoding.is_wanted():
+            return decoding.sample(self, *args, **kwargs)
+        return super()._sample(*args, **kwargs)  # type: ignore[misc]
+
+    def generate(self, *args: Any, cuda_graph: bool = False, **kwargs: Any) -> Any:
+        """Generate as transformers does, with one option more.
+
+        Args:
+            *args: as in transformers.
+            cuda_graph: record a decode step once and replay it for every token. The tokens are the
+                same, in a fraction of the time where launching kernels takes longest: one or a few
+                rows on a GPU. For greedy decoding and sampling with models whose cache does not
+                grow: Mamba, Mamba2, FalconMamba.
+            **kwargs: as in transformers.
+
+        Raises:
+            WidefieldError: if the cache would have to be rolled back, or a graph is asked for where
+                there can be none.
+        """
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None:
                 raise WidefieldError(
@@ -275,7 +306,14 @@ class _ExtendedModel:
                     "cannot: leave it out"
                 )
         _check_continued(kwargs.get("past_key_values"))
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if cuda_graph:
+            decoding.check_model(self)  # type: ignore[arg-type]
+            if kwargs.get("custom_generate") is not None:
+                raise WidefieldError(
+                    "generate(cuda_graph=True) has a loop of its own: leave out custom_generate"
+                )
+        with decoding.graph_wanted(cuda_graph):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 def _check_continued(cache: Any) -> None:

@@ -14,7 +14,7 @@ from widefield import families
 from widefield.errors import WidefieldError
 from widefield.families import ChunkedPrefill, LayerCache, Padding, read_padding
 
-__all__ = ["in_chunks", "prefill"]
+__all__ = ["cache_name", "in_chunks", "prefill"]
 
 Progress = Callable[[int, int], None]
 
@@ -65,7 +65,7 @@ def prefill(
             "MambaForCausalLM"
         )
     _check_ids(input_ids)
-    inputs = {"input_ids": input_ids, "use_cache": True, _cache_name(model): cache}
+    inputs = {"input_ids": input_ids, "use_cache": True, cache_name(model): cache}
     inputs |= _masks(model, attention_mask, input_ids, cache)
     return in_chunks(model, inputs, chunk_size, context_length=context_length, progress=progress)
 
@@ -102,10 +102,10 @@ def in_chunks(
     length = _tokens(arguments).shape[1]
     if length == 1 and context_length is None:
         return model(**arguments)  # behind a filled cache it is a decode step, as ever
-    cache: Any = arguments.get(_cache_name(model))
+    cache: Any = arguments.get(cache_name(model))
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore
-        arguments[_cache_name(model)] = cache
+        arguments[cache_name(model)] = cache
     padding = read_padding(arguments.get("attention_mask"), length)
     new = _announced(model, cache, padding, _tokens(arguments).shape[0], context_length)
     cache.widefield_prefill = chunked = ChunkedPrefill(new, padding)
@@ -126,7 +126,8 @@ def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-def _cache_name(model: nn.Module) -> str:
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache, as an argument and in its outputs."""
     return "cache_params" if "cache_params" in _parameters(model) else "past_key_values"
 
 

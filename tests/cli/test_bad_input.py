@@ -63,6 +63,7 @@ def refused(wf: CommandLine, *args: object) -> str:
         (("generate",), "either --prompt TEXT or --prompt-file FILE"),
         (("generate", "--prompt", "a", "--prompt-file", "b"), "either --prompt TEXT"),
         (("generate", "--prompt", ""), "the prompt is empty"),
+        (("generate", "--prompt", "a", "--cuda-graph"), "needs a model on a GPU"),
         (("generate", "--prompt-file", "nowhere"), "--prompt-file nowhere: no such file"),
         (("generate", "--prompt-file", "."), "is a folder: give a text file"),
         (("generate", "--prompt", "a", "--temperature", "2"), "no effect without --sample"),

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tests.ops.cases import DELTAS, in_float64, scan_inputs, ssd_inputs
+from tests.ops.triton_device import DEVICE, DTYPES, INTERPRETED, error, on_triton
 from widefield import ops
 from widefield.errors import WidefieldError
 from widefield.ops.pool import cpu, reference
-from widefield.plan import Pool
+from widefield.plan import Pool, ScanInputs, SSDInputs
 
 POOLS = {
     "norm": Pool(keep=9),
@@ -133,3 +134,65 @@ def test_gradients_flow_through_the_kept_tokens_of_mamba_2_only() -> None:
     assert leaf.grad is not None
     touched = leaf.grad.flatten(2).sum(-1)[0].nonzero().flatten()
     assert torch.equal(touched, rows.index[0])
+
+
+def moved(inputs: ScanInputs | SSDInputs) -> ScanInputs | SSDInputs:
+    """The same where Triton's kernels run."""
+    names = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "valid")
+    tensors = {name: getattr(inputs, name, None) for name in names}
+    return inputs.replace(**{n: t.to(DEVICE) for n, t in tensors.items() if t is not None})
+
+
+@on_triton
+@pytest.mark.parametrize("delta", [d for d in DELTAS if d not in ("absurd", "zero")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_triton_scores_as_accurately_as_the_reference(
+    pool: Pool, dtype: torch.dtype, delta: str
+) -> None:
+    from widefield.ops.pool import cuda
+
+    inputs = scan_inputs(2, 30 if INTERPRETED else 3000, 40, delta=delta, dtype=dtype)
+    valid = torch.ones(inputs.x.shape[:2], dtype=torch.bool)
+    valid[1, :20] = False
+    inputs = inputs.replace(valid=valid)
+    exact = reference.token_score(in_float64(inputs, None)[0], pool)
+    there, pool = moved(inputs), pool.to(DEVICE)
+    allowed = 2 * error(reference.token_score(there, pool), exact) + 1e-7
+    ours = cuda.token_score(there, pool)
+    assert error(ours, exact) <= allowed
+    assert (ours[1, :20] == 0).all()
+
+
+@on_triton
+@pytest.mark.parametrize("limit", [(0.3, math.inf), (0.0, 0.05), (0.01, 0.3)])
+def test_triton_scores_delta_within_its_limits(limit: tuple[float, float]) -> None:
+    from widefield.ops.pool import cuda
+
+    inputs = moved(ssd_inputs(2, 100, 6).replace(delta_limit=limit))
+    for pool in (Pool(keep=9), Pool(keep=9, clamp=torch.full((6,), 0.2, device=DEVICE))):
+        expected = reference.token_score(inputs, pool)
+        torch.testing.assert_close(cuda.token_score(inputs, pool), expected)
+
+
+@on_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_triton_does_not_hide_what_is_not_finite(value: float) -> None:
+    from widefield.ops.pool import cuda
+
+    inputs = scan_inputs(1, 20, 40)
+    inputs.delta[0, 7, 3] = value
+    score = cuda.token_score(moved(inputs), Pool(keep=9))
+    assert (~score.isfinite()).nonzero().tolist() == [[0, 7]]
+
+
+@on_triton
+@pytest.mark.parametrize("shape", [(1, 200), (2, 200)])
+def test_the_same_tokens_are_kept_where_triton_scores_them(shape: tuple[int, int]) -> None:
+    inputs = scan_inputs(*shape, 40)
+    _, expected = ops.pool_tokens(inputs, Pool(keep=30, protect=5))
+    with ops.use_backend("cuda"):
+        kept, rows = ops.pool_tokens(moved(inputs), Pool(keep=30, protect=5))
+    assert torch.equal(rows.index.cpu(), expected.index)
+    assert torch.equal(kept.x.cpu(), expected.gather(inputs.x))

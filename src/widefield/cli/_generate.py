@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from widefield.cli._common import Interrupted
 from widefield.cli._models import Choice, Source, build_methods, in_words, need_tokenizer
+from widefield.decoding import check_model
 from widefield.errors import WidefieldError
 from widefield.extension import extend
 from widefield.tasks.tokens import BYTE_OFFSET, bos_ids, decode, encode, is_byte_level
@@ -87,6 +88,8 @@ def stream_text(
     text: str,
     max_new_tokens: int,
     sampling: Mapping[str, float] | None,
+    *,
+    cuda_graph: bool = False,
 ) -> None:
     """Generate from a text on stdout; say on stderr what is on and how fast it went.
 
@@ -96,6 +99,7 @@ def stream_text(
         text: the prompt.
         max_new_tokens: at most.
         sampling: temperature, top_p and seed; None takes the likeliest token each time.
+        cuda_graph: whether a recorded decode step is replayed for every token.
 
     Raises:
         Interrupted: after Ctrl-C.
@@ -103,6 +107,8 @@ def stream_text(
     """
     tokenizer = need_tokenizer(source)
     _put_on(source, choice)
+    if cuda_graph:
+        check_model(source.model)
     ids = _prompt(source, text)
     model = source.model
     on = " + ".join(in_words(method) for method in model.widefield.methods)
@@ -120,6 +126,7 @@ def stream_text(
             max_new_tokens=max_new_tokens,
             streamer=printer,
             pad_token_id=model.config.pad_token_id or 0,
+            cuda_graph=cuda_graph,
             **_sampling(sampling),
         )
     except KeyboardInterrupt:

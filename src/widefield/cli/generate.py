@@ -62,6 +62,10 @@ def generate(
             help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
         ),
     ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="On a GPU: the same tokens, replayed many times faster."),
+    ] = False,
 ) -> None:
     """Go on with a text, printing tokens as they come.
 
@@ -80,7 +84,7 @@ def generate(
         source = load_source(
             model, device=device, dtype=dtype, calibration=calibration, saved_methods=method is None
         )
-    stream_text(source, choice, text, max_new_tokens, sampling)
+    stream_text(source, choice, text, max_new_tokens, sampling, cuda_graph=cuda_graph)
 
 
 def _read(prompt: str | None, file: Path | None) -> str:

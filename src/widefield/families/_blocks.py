@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from widefield import ops
 from widefield.families._attention import fit_mask
 from widefield.families._context import Left, left_of, mark_left
-from widefield.families._mixer import Mixer, Turn
+from widefield.families._mixer import Mixer, Turn, steps_in_few_kernels
+from widefield.families._norms import Norm
 
 
 class DroppingBlock(nn.Module):
@@ -22,7 +25,13 @@ class DroppingBlock(nn.Module):
     def normed(self, hidden_states: Tensor) -> Tensor:
         """What the block gives its mixer to read."""
         norm: Any = self.norm
+        if isinstance(norm, Norm):
+            return norm(hidden_states, dtype=norm.weight.dtype)
         return norm(hidden_states.to(norm.weight.dtype))
+
+    def body(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block of transformers does with its input, whole or shortened."""
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As an argument the mark outlives a move to another device in front of `forward`."""
@@ -43,7 +52,7 @@ class DroppingBlock(nn.Module):
                 return self._mixed(child, hidden_states, left, args, kwargs)
             if hasattr(child, "q_proj"):
                 kwargs = fit_mask(child, hidden_states, left, kwargs)
-        return mark_left(super().forward(hidden_states, *args, **kwargs), left)  # type: ignore[misc]
+        return mark_left(self.body(hidden_states, *args, **kwargs), left)
 
     def _mixed(
         self,
@@ -63,8 +72,30 @@ class DroppingBlock(nn.Module):
             assert turn.kept.residual is not None
             hidden_states = turn.kept.residual
         kwargs = {**kwargs, "attention_mask": turn}
-        out = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        out = self.body(hidden_states, *args, **kwargs)
         return mark_left(out, _left_behind(turn))
+
+
+class ResidualBlock(DroppingBlock):
+    """A block that adds its mixer's output to its input, and does nothing else."""
+
+    residual_in_fp32: bool
+    norm: nn.Module
+    mixer: Mixer
+
+    def body(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output; without the copies of the residual stream in other dtypes."""
+        if args or torch.is_grad_enabled() or not ops.runs_kernels(hidden_states):
+            return super().body(hidden_states, *args, **kwargs)
+        cache, turn = kwargs.get("cache_params"), kwargs.get("attention_mask")
+        past = turn.past if isinstance(turn, Turn) and turn.padding is None else None
+        norm: Any = self.norm
+        if past is not None and steps_in_few_kernels(norm, self.mixer, hidden_states):
+            dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
+            return self.mixer.block_step(hidden_states, norm, past, dtype)
+        out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        return residual + out
 
 
 def _left_behind(turn: Turn) -> Left | None:

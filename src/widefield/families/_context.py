@@ -13,7 +13,7 @@ from torch import Tensor
 
 from widefield.errors import WidefieldError
 from widefield.ops import Rows, Survivors
-from widefield.plan import LayerPlan, Pool, ScanInputs, SSDInputs
+from widefield.plan import LayerPlan, ModelLayout, Pool, ScanInputs, SSDInputs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Observer = Callable[[int, ScanInputs | SSDInputs], None]
@@ -31,6 +31,7 @@ class Link(Protocol):
     """How a mixer asks what to do; the extension puts one into every mixer of its model."""
 
     observer: Observer | None
+    layout: ModelLayout
 
     def plan(
         self, layer: int, seen: tuple[int, ...] | None, new: tuple[int, ...], device: torch.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ from widefield.families._context import (
     scattered,
     uncompiled,
 )
+from widefield.families._norms import GatedNorm, Norm
 from widefield.ops import Rows, Survivors
 from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 
@@ -116,7 +117,8 @@ class Mixer(nn.Module):
     activation: str
     act: nn.Module
     conv1d: nn.Conv1d
-    out_proj: nn.Module
+    in_proj: nn.Linear
+    out_proj: nn.Linear
 
     def read(
         self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
@@ -134,6 +136,37 @@ class Mixer(nn.Module):
         """The output for one more token a row; the states in the cache go on."""
         raise NotImplementedError
 
+    @property
+    def used_in_a_step(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights `block_step` reads; none where there is no such step."""
+        return ()
+
+    def block_step(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
+    ) -> Tensor:
+        """norm, mixer and residual for one more token a row, in a few kernels."""
+        raise NotImplementedError
+
+    def projected(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, first: int = 0
+    ) -> Tensor:
+        """What `in_proj` makes of the normed token, (B, n), the convolution's part convolved."""
+        assert past.conv_state is not None
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        return ops.project(
+            *(hidden_states[:, 0], self.in_proj.weight, self.in_proj.bias),
+            norm=norm.weight,
+            eps=norm.variance_epsilon,
+            convolution=ops.Convolution(past.conv_state, taps, bias, first),
+            dtype=self.in_proj.weight.dtype,
+        )
+
+    def added(self, y: Tensor, hidden_states: Tensor, dtype: torch.dtype, **options: Any) -> Tensor:
+        """What `out_proj` makes of y, added to the block's input (B, 1, H)."""
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        residual = hidden_states[:, 0]
+        return ops.project(y, weight, bias, residual=residual, dtype=dtype, **options)[:, None]
+
     def convolve(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The short convolution of x (B, L, D) with its activation, and its new state (B, D, K)."""
         silu = self.activation in _SILU
@@ -141,6 +174,15 @@ class Mixer(nn.Module):
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu, initial_state=state
         )
         return x if silu else self.act(x), state
+
+    def convolve_one(self, x: Tensor, past: LayerCache) -> Tensor:
+        """The same for one token, x (B, 1, D); the state in the cache goes on."""
+        assert past.conv_state is not None
+        silu = self.activation in _SILU
+        x = ops.causal_conv1d_update(
+            past.conv_state, x[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu
+        )[:, None]
+        return x if silu else self.act(x)
 
     def state_of(self, past: LayerCache | None) -> Tensor | None:
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""
@@ -211,16 +253,28 @@ class Mixer(nn.Module):
         """One tile after the other, so that only the output is as long as the input."""
         state, output, tile = self.state_of(turn.past), None, None
         for tile in self._tiles(hidden_states, turn):
-            inputs = tile.inputs.replace(initial_state=state)
-            piece, state = self._scanned(inputs, tile.gate, turn.plan, hidden_states.dtype)
-            if piece.shape[1] == hidden_states.shape[1]:
-                output = piece
-            else:
-                output = _room(output, piece, hidden_states.shape[1])
-                output[:, tile.part] = piece
+            y, state = self.scan(tile.inputs.replace(initial_state=state), tile.gate, turn.plan)
+            output = self._write(output, y.to(hidden_states.dtype), tile.part, hidden_states)
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
+        return output
+
+    def _write(
+        self, output: Tensor | None, y: Tensor, part: slice, hidden_states: Tensor
+    ) -> Tensor:
+        """The output with what belongs to these tokens; made when the first of them come."""
+        batch, length, _ = hidden_states.shape
+        if y.shape[1] == length:
+            return self.out_proj(y)
+        if batch == 1 and ops.runs_kernels(y) and _is_plain(self.out_proj, y):
+            if output is None:
+                output = y.new_empty(batch, length, self.out_proj.out_features)
+            _linear_into(output[0, part], y[0], self.out_proj)
+            return output
+        piece = self.out_proj(y)
+        output = _room(output, piece, length)
+        output[:, part] = piece
         return output
 
     def _choose(self, hidden_states: Tensor, turn: Turn) -> Kept | None:
@@ -261,16 +315,11 @@ class Mixer(nn.Module):
 
     def _finish(self, kept: Kept, turn: Turn, dtype: torch.dtype) -> Tensor:
         """The output for the chosen tokens, scanned as if they were all."""
-        output, state = self._scanned(kept.inputs, kept.gate, turn.plan, dtype)
+        y, state = self.scan(kept.inputs, kept.gate, turn.plan)
+        output = self.out_proj(y.to(dtype))
         lengths = Padding.of_valid(kept.rows.valid, output.shape[1]).lengths
         self._close(turn, kept.conv_state, state, lengths)
         return output
-
-    def _scanned(
-        self, inputs: Inputs, gate: Tensor | None, plan: LayerPlan | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        y, state = self.scan(inputs, gate, plan)
-        return self.out_proj(y.to(dtype)), state
 
     def _tiles(self, hidden_states: Tensor, turn: Turn) -> Iterator[Tile]:
         """The scan's inputs tile by tile."""
@@ -297,14 +346,22 @@ class Mixer(nn.Module):
         self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
     ) -> None:
         """Check the state behind the last token and leave it in the cache."""
-        touched = turn.plan is not None and turn.plan.touches_scan
-        if touched and not bool(torch.isfinite(state).all()):
+        if self._is_checked(turn, state) and not bool(torch.isfinite(state).all()):
             raise WidefieldError(
                 f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
                 "or input); check the model's weights and its dtype (float32 is safest)"
             )
         if turn.past is not None:
             turn.past.store(conv_state, self.cached(state), lengths)
+
+    def _is_checked(self, turn: Turn, state: Tensor) -> bool:
+        """Whether to look at the state: on a GPU that waits for all work, so it is done once.
+
+        A state that is not finite makes all that follows it so, up to the last layer's state.
+        """
+        if state.device.type == "cpu":
+            return turn.plan is not None and turn.plan.touches_scan
+        return turn.plan is not None and self.layer_idx == self._widefield.layout.layers[-1]
 
     def cached(self, state: Tensor) -> Tensor:
         """The scan's state in the shape that transformers caches."""
@@ -314,6 +371,46 @@ class Mixer(nn.Module):
 def run_with(*used: str) -> Callable[..., Tensor]:
     """`Mixer.run`, which fetches these submodules first where accelerate keeps them elsewhere."""
     return uncompiled(force_accelerate_hooks(list(used))(Mixer.run))
+
+
+def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
+    """Whether norm, mixer and residual of a block may be computed without calling its modules."""
+    used = mixer.used_in_a_step
+    if not used or not isinstance(norm, Norm) or mixer.activation not in _SILU:
+        return False
+    known = (nn.Linear, nn.Conv1d, GatedNorm)
+    if not all(type(module) in known or isinstance(module, GatedNorm) for module in used):
+        return False
+    if not all(_is_untouched(module) for module in (norm, mixer, *used)):
+        return False
+    kinds = {module.weight.dtype for module in (norm, *used)}
+    in_autocast = torch.is_autocast_enabled(x.device.type)
+    return len(kinds) == 1 and not in_autocast and ops.projects_fast(x[:, 0], norm.weight)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    own = vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in own and own.get("_compiled_call_impl") is None
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether calling the module with x is nothing but a product with its weights."""
+    if type(module) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or "_old_forward" in vars(module)
+    )
+
+
+def _linear_into(out: Tensor, x: Tensor, linear: nn.Linear) -> None:
+    """The output of a linear layer (n, out) where it shall stand."""
+    weight = linear.weight.t()
+    if linear.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(linear.bias, x, weight, out=out)
 
 
 def _room(output: Tensor | None, piece: Tensor, length: int) -> Tensor:

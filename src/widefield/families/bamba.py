@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.bamba.modeling_bamba import BambaMixer, BambaRMSNorm, BambaRMSNormGated
 
+from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
 
 
@@ -17,4 +18,16 @@ def why_not_decimate(model: nn.Module) -> str | None:
     return "its attention layers share one table of rotary positions for the full length"
 
 
-SWAPS = {BambaMixer: WidefieldBambaMixer}
+class WidefieldBambaRMSNorm(Norm, BambaRMSNorm):
+    """`BambaRMSNorm` in one pass."""
+
+
+class WidefieldBambaRMSNormGated(GatedNorm, BambaRMSNormGated):
+    """`BambaRMSNormGated` in one pass."""
+
+
+SWAPS = {
+    BambaMixer: WidefieldBambaMixer,
+    BambaRMSNorm: WidefieldBambaRMSNorm,
+    BambaRMSNormGated: WidefieldBambaRMSNormGated,
+}

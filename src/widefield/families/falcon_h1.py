@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer
+from transformers.models.falcon_h1.modeling_falcon_h1 import (
+    FalconH1Mixer,
+    FalconH1RMSNorm,
+    FalconH1RMSNormGated,
+)
 
+from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
 
 
@@ -30,4 +35,26 @@ def why_not_decimate(model: nn.Module) -> str | None:
     return "each layer adds its attention's output over all tokens to that of the mixer"
 
 
-SWAPS = {FalconH1Mixer: WidefieldFalconH1Mixer}
+class WidefieldFalconH1RMSNorm(Norm, FalconH1RMSNorm):
+    """`FalconH1RMSNorm` in one pass."""
+
+
+class WidefieldFalconH1RMSNormGated(GatedNorm, FalconH1RMSNormGated):
+    """`FalconH1RMSNormGated` in one pass."""
+
+    @property
+    def groups(self) -> int:
+        """How many parts of the last dimension are normed apart."""
+        return self.n_groups
+
+    @property
+    def gate_first(self) -> bool:
+        """Whether the gate comes before the norm; its config says so."""
+        return not self.norm_before_gate
+
+
+SWAPS = {
+    FalconH1Mixer: WidefieldFalconH1Mixer,
+    FalconH1RMSNorm: WidefieldFalconH1RMSNorm,
+    FalconH1RMSNormGated: WidefieldFalconH1RMSNormGated,
+}

@@ -6,10 +6,13 @@ from torch import Tensor, nn
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     GraniteMoeHybridDecoderLayer,
     GraniteMoeHybridMambaLayer,
+    GraniteMoeHybridRMSNorm,
+    GraniteMoeHybridRMSNormGated,
 )
 
 from widefield.families._attention import why_no_mask
 from widefield.families._blocks import DroppingBlock
+from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
 
 
@@ -33,7 +36,17 @@ def why_not_decimate(model: nn.Module) -> str | None:
     return "its attention layers share one table of rotary positions for the full length"
 
 
+class WidefieldGraniteMoeHybridRMSNorm(Norm, GraniteMoeHybridRMSNorm):
+    """`GraniteMoeHybridRMSNorm` in one pass."""
+
+
+class WidefieldGraniteMoeHybridRMSNormGated(GatedNorm, GraniteMoeHybridRMSNormGated):
+    """`GraniteMoeHybridRMSNormGated` in one pass."""
+
+
 SWAPS = {
+    GraniteMoeHybridRMSNorm: WidefieldGraniteMoeHybridRMSNorm,
+    GraniteMoeHybridRMSNormGated: WidefieldGraniteMoeHybridRMSNormGated,
     GraniteMoeHybridMambaLayer: WidefieldGraniteMoeHybridMambaLayer,
     GraniteMoeHybridDecoderLayer: WidefieldGraniteMoeHybridDecoderLayer,
 }

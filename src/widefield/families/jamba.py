@@ -7,10 +7,12 @@ from transformers.models.jamba.modeling_jamba import (
     JambaAttentionDecoderLayer,
     JambaMambaDecoderLayer,
     JambaMambaMixer,
+    JambaRMSNorm,
 )
 
 from widefield.families._attention import why_no_mask
 from widefield.families._blocks import DroppingBlock
+from widefield.families._norms import Norm
 from widefield.families.mamba1 import NormedMamba1Mixer
 
 
@@ -30,7 +32,12 @@ class WidefieldJambaAttentionDecoderLayer(DroppingBlock, JambaAttentionDecoderLa
     """`JambaAttentionDecoderLayer` behind layers that drop tokens."""
 
 
+class WidefieldJambaRMSNorm(Norm, JambaRMSNorm):
+    """`JambaRMSNorm` in one pass."""
+
+
 SWAPS = {
+    JambaRMSNorm: WidefieldJambaRMSNorm,
     JambaMambaMixer: WidefieldJambaMambaMixer,
     JambaMambaDecoderLayer: WidefieldJambaMambaDecoderLayer,
     JambaAttentionDecoderLayer: WidefieldJambaAttentionDecoderLayer,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from widefield import ops
 from widefield.families._context import LayerCache
 from widefield.families._mixer import Mixer, run_with
+from widefield.families._norms import Norm
 from widefield.plan import LayerPlan, ScanInputs
 
 
@@ -61,6 +62,11 @@ class Mamba1Mixer(Mixer):
         return None if bias is None else bias.float()
 
     @property
+    def raw_delta_bias(self) -> Tensor | None:
+        """(D,) the same in the dtype that it has."""
+        return self.dt_proj.bias
+
+    @property
     def rates(self) -> Tensor:
         """A (D, N), negative, in float32."""
         return -torch.exp(self.A_log.float()).flatten(0, -2)
@@ -82,9 +88,9 @@ class Mamba1Mixer(Mixer):
             A=self.rates,
             B=B,
             C=C,
-            D=self.D.float().flatten(),
+            D=self.D.flatten(),
             z=z,
-            delta_bias=self.delta_bias,
+            delta_bias=self.raw_delta_bias,
             valid=valid,
         )
         return inputs, None, conv_state
@@ -106,7 +112,7 @@ class Mamba1Mixer(Mixer):
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, H) for one more token a row."""
         x, z = self.project(hidden_states)
-        x, conv_state = self.convolve(x, past.conv_state)
+        x = self.convolve_one(x, past)
         delta, B, C = self.selective_inputs(x)
         state = self.state_of(past)
         assert state is not None
@@ -121,8 +127,27 @@ class Mamba1Mixer(Mixer):
             z[:, 0],
             self.delta_bias,
         )
-        past.store(conv_state, None, (1,))
+        past.count(1)
         return self.out_proj(y[:, None].to(hidden_states.dtype))
+
+    @property
+    def used_in_a_step(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights `block_step` reads."""
+        return self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj
+
+    def block_step(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
+    ) -> Tensor:
+        """A block's output (B, 1, H) in `dtype` for one more token a row, in four kernels."""
+        rank, size = self.time_step_rank, self.ssm_state_size
+        x, z = self.projected(hidden_states, norm, past).chunk(2, dim=-1)
+        low_rank, B, C = ops.project(x, self.x_proj.weight).split([rank, size, size], dim=-1)
+        low_rank, B, C = self.norm_inputs(low_rank, B, C)
+        state, weight, bias = self.state_of(past), self.dt_proj.weight, self.dt_proj.bias
+        assert state is not None
+        y = ops.low_rank_state_update(state, x, low_rank, weight, self.A_log, B, C, self.D, z, bias)
+        past.count(1)
+        return self.added(y, hidden_states, dtype)
 
     forward = run_with("conv1d", "dt_proj")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from widefield import ops
 from widefield.families._context import LayerCache
 from widefield.families._mixer import Mixer, run_with
+from widefield.families._norms import GatedNorm, Norm
 from widefield.plan import LayerPlan, SSDInputs
 
 
@@ -65,8 +66,8 @@ class SSDMixer(Mixer):
             A=-torch.exp(self.A_log.float()),
             B=B,
             C=C,
-            D=self.D.float(),
-            delta_bias=self.dt_bias.float(),
+            D=self.D,
+            delta_bias=self.dt_bias,
             delta_limit=(float(low), float(high)),
             valid=valid,
         )
@@ -99,23 +100,55 @@ class SSDMixer(Mixer):
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, width) for one more token a row."""
-        gate, mixed, delta, conv_state = self._convolved(hidden_states, past.conv_state)
-        x, B, C = self._by_head(mixed[:, 0])
+        gate, mixed, delta = self.project(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        x, B, C = self._by_head(self.convolve_one(mixed, past)[:, 0])
         assert past.state is not None
         # Without the model's limits of Δ, which transformers ignores in a step, too.
         y = ops.ssd_state_update(
             past.state,
             x,
             delta[:, 0],
-            -torch.exp(self.A_log.float()),
+            self.A_log,
             B,
             C,
-            self.D.float(),
+            self.D,
             self.dt_bias,
             delta_limit=(0.0, math.inf),
+            log_rates=True,
         )
-        past.store(conv_state, None, (1,))
+        past.count(1)
         out = self.gated(y.flatten(1)[:, None], gate)
         return self.out_proj(out.to(hidden_states.dtype))
+
+    @property
+    def used_in_a_step(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights `block_step` reads."""
+        return self.in_proj, self.conv1d, self.norm, self.out_proj
+
+    def block_step(
+        self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
+    ) -> Tensor:
+        """A block's output (B, 1, H) in `dtype` for one more token a row, in three kernels."""
+        gated = self.norm
+        assert isinstance(gated, GatedNorm)
+        assert past.state is not None
+        gate, mixed, delta = self.projected(
+            hidden_states, norm, past, self.intermediate_size
+        ).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        x, B, C = self._by_head(mixed)
+        y = ops.ssd_state_update(
+            *(past.state, x, delta, self.A_log, B, C, self.D, self.dt_bias), log_rates=True
+        ).flatten(1)
+        past.count(1)
+        if gated.groups == 1 and gated.gate_first:
+            return self.added(
+                *(y, hidden_states, dtype),
+                gate=gate,
+                norm=gated.weight,
+                eps=gated.variance_epsilon,
+            )
+        return self.added(gated(y, gate), hidden_states, dtype)
 
     forward = run_with("conv1d")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
+from transformers.models.zamba.modeling_zamba import ZambaMambaMixer, ZambaRMSNorm
 
 from widefield.families._mixer import run_with
+from widefield.families._norms import Norm
 from widefield.families.mamba1 import Mamba1Mixer
 
 
@@ -39,10 +40,19 @@ class WidefieldZambaMambaMixer(Mamba1Mixer, ZambaMambaMixer):
         """(D,) of all heads, in float32."""
         return self.dt_proj_bias.float().flatten()
 
+    @property
+    def raw_delta_bias(self) -> Tensor:
+        """(D,) of all heads, in the dtype that it has."""
+        return self.dt_proj_bias.flatten()
+
     forward = run_with("conv1d")
 
 
-SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer}
+class WidefieldZambaRMSNorm(Norm, ZambaRMSNorm):
+    """`ZambaRMSNorm` in one pass."""
+
+
+SWAPS = {ZambaMambaMixer: WidefieldZambaMambaMixer, ZambaRMSNorm: WidefieldZambaRMSNorm}
 
 
 def why_not_decimate(model: nn.Module) -> str:

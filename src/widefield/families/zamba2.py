@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
+from transformers.models.zamba2.modeling_zamba2 import (
+    Zamba2MambaMixer,
+    Zamba2RMSNorm,
+    Zamba2RMSNormGated,
+)
 
+from widefield.families._norms import GatedNorm, Norm
 from widefield.families.ssd import SSDMixer
 
 
@@ -17,4 +22,16 @@ def why_not_decimate(model: nn.Module) -> str | None:
     return "its shared attention block joins every layer's input to the embeddings of all tokens"
 
 
-SWAPS = {Zamba2MambaMixer: WidefieldZamba2MambaMixer}
+class WidefieldZamba2RMSNorm(Norm, Zamba2RMSNorm):
+    """`Zamba2RMSNorm` in one pass."""
+
+
+class WidefieldZamba2RMSNormGated(GatedNorm, Zamba2RMSNormGated):
+    """`Zamba2RMSNormGated` in one pass."""
+
+
+SWAPS = {
+    Zamba2MambaMixer: WidefieldZamba2MambaMixer,
+    Zamba2RMSNorm: WidefieldZamba2RMSNorm,
+    Zamba2RMSNormGated: WidefieldZamba2RMSNormGated,
+}

@@ -42,6 +42,11 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def forced_backend() -> Backend | None:
+    """The implementation that a block of code has asked for by name, or None."""
+    return _forced.get()
+
+
 def is_forced() -> bool:
     """Whether a block of code has asked for one implementation by name."""
     return _forced.get() is not None
@@ -50,6 +55,13 @@ def is_forced() -> bool:
 def wants_cuda_cpp() -> bool:
     """Whether kernels in CUDA C++ are asked for."""
     return _forced.get() == "nvrtc"
+
+
+def runs_kernels(*tensors: Tensor | None) -> bool:
+    """Whether kernels of a GPU that have no backward would run for these inputs."""
+    if torch.compiler.is_compiling() or choose(*tensors) != "cuda":
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from widefield.ops._backend import choose
+from widefield.ops._backend import choose, runs_kernels
 from widefield.ops.pool import reference
 from widefield.ops.pool.reference import Rows
 from widefield.ops.pool.stream import Survivors
@@ -26,6 +26,10 @@ def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Float[Tensor, "ba
         inputs: the inputs of a scan of either generation.
         pool: the clamp c and the weights w.
     """
+    if runs_kernels(inputs.delta):
+        from widefield.ops.pool import cuda
+
+        return cuda.token_score(inputs, pool)
     limited = isinstance(inputs, SSDInputs) and inputs.delta_limit != (0.0, math.inf)
     if choose(inputs.x, inputs.delta) == "cpu" and not limited:
         from widefield.ops.pool import cpu

@@ -71,7 +71,9 @@ class Survivors:
         batch, length = score.shape
         position = torch.arange(self._length, self._length + length, device=score.device)
         self._length += length
-        self._pieces.append(_Piece(score, position.expand(batch, -1), valid, tokens))
+        piece = _Piece(score, position.expand(batch, -1), valid, tokens)
+        # A long piece is thinned by itself, so that no more than its best tokens are copied.
+        self._pieces.append(self._best_of(piece) if length > 2 * self._candidates else piece)
 
     def take(self) -> tuple[Rows, dict[str, Tensor]]:
         """The kept rows of the whole sequence, and what belongs to them (B, k, ...)."""
@@ -85,16 +87,18 @@ class Survivors:
 
         Until then the tensors given to `add` are looked into and cannot be freed.
         """
-        piece = self._merged()
+        self._pieces = [self._best_of(self._merged())]
+
+    def _best_of(self, piece: _Piece) -> _Piece:
+        """The tokens of a piece that may still be kept, copied."""
         index = best(piece.score, self._pool.protect, piece.valid, self._candidates)
         valid = None if piece.valid is None else torch.gather(piece.valid, 1, index)
-        kept = _Piece(
+        return _Piece(
             torch.gather(piece.score, 1, index),
             torch.gather(piece.position, 1, index),
             valid,
             piece.gather(Rows(index, None)),
         )
-        self._pieces = [kept]
 
     def _merged(self) -> _Piece:
         """All pieces as one."""

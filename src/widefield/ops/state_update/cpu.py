@@ -27,7 +27,33 @@ from widefield.ops._numba import (
     sum_of_lanes,
     where,
 )
+from widefield.ops.causal_conv1d import cpu as convolution
 from widefield.ops.state_update import reference
+
+
+def causal_conv1d_update(
+    state: Float[Tensor, "batch channels kernel"],
+    x: Float[Tensor, "batch channels"],
+    weight: Float[Tensor, "channels kernel"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    silu: bool = True,
+) -> Float[Tensor, "batch channels"]:
+    """Push one more input into `state`, in place; with the signature of the reference.
+
+    Args:
+        state: the last K inputs, updated in place.
+        x: the input that comes in.
+        weight: one filter of K taps a channel.
+        bias: added before the activation, or None.
+        silu: whether the activation is silu; False for none.
+
+    Returns:
+        That token's y, in the dtype of x.
+    """
+    y, new = convolution.causal_conv1d(x[:, None], weight, bias, silu=silu, initial_state=state)
+    state.copy_(new)
+    return y[:, 0]
 
 
 @inlined
@@ -191,6 +217,7 @@ def ssd_state_update(
     *,
     delta_softplus: bool = True,
     delta_limit: tuple[float, float] = (0.0, math.inf),
+    log_rates: bool = False,
 ) -> Float[Tensor, "batch heads width"]:
     """Advance `state` of Mamba-2 by one token, in place; with the signature of the reference.
 
@@ -205,6 +232,7 @@ def ssd_state_update(
         delta_bias: added to `delta`, or None.
         delta_softplus: whether Δ = softplus(delta + bias).
         delta_limit: smallest and largest Δ that the model allows.
+        log_rates: whether A holds log(-A).
 
     Returns:
         That token's y, in the dtype of x.
@@ -214,8 +242,10 @@ def ssd_state_update(
             *(state, x, delta, A, B, C, D, delta_bias),
             delta_softplus=delta_softplus,
             delta_limit=delta_limit,
+            log_rates=log_rates,
         )
     with torch.no_grad():
+        A = -torch.exp(A.float()) if log_rates else A
         rows, heads, width, size = state.shape
         y = torch.empty(rows, heads, width)
         # The names keep widened copies alive until the kernel has read them.

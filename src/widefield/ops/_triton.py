@@ -1,0 +1,38 @@
+"""What Triton kernels share: a softplus that is exact to float32's last places."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
+_LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
+
+
+@triton.jit
+def exp_negative(x):
+    """Exp of x ≤ 0, right where x is large, too: the rounding of x · log2(e) is made good again."""
+    high = x * _LOG2E
+    low = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -high))
+    return tl.where(x < -87.0, 0.0, tl.exp2(high) * tl.fma(low, 0.6931471805599453, 1.0))
+
+
+@triton.jit
+def log1p_fraction(u):
+    """log(1 + u) of 0 ≤ u ≤ 1, as the first terms of 2 · artanh(u / (2 + u))."""
+    s = tl.div_rn(u, 2.0 + u)
+    q = s * s
+    p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
+    p = tl.fma(q, p, 1.0 / 11.0)
+    p = tl.fma(q, p, 1.0 / 9.0)
+    p = tl.fma(q, p, 1.0 / 7.0)
+    p = tl.fma(q, p, 1.0 / 5.0)
+    p = tl.fma(q, p, 1.0 / 3.0)
+    return 2.0 * tl.fma(s * q, p, s)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)); NaN stays NaN."""
+    small = tl.where(v > 0.0, v, 0.0) + log1p_fraction(exp_negative(-tl.abs(v)))
+    return tl.where((v > 20.0) | (v != v), v, small)

@@ -1,0 +1,66 @@
+"""RMS norm, and the gated one of Mamba-2: one signature, two implementations."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from widefield.ops._backend import runs_kernels
+from widefield.ops.rms_norm import reference
+
+__all__ = ["gated_rms_norm", "rms_norm"]
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, " width"] | None,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*batch width"]:
+    """RMS norm: weight · x / √(mean(x²) + eps), the mean over the last dimension.
+
+    Args:
+        x: any floating dtype, any strides.
+        weight: any floating dtype; None for 1.
+        eps: added to the mean square.
+        dtype: of the result; None for the wider of those of x and weight.
+
+    Returns:
+        Of the shape of x.
+    """
+    if runs_kernels(x, weight):
+        from widefield.ops.rms_norm import cuda
+
+        return cuda.rms_norm(x, weight, eps, dtype=dtype)
+    return reference.rms_norm(x, weight, eps, dtype=dtype)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "*batch width"],
+    gate: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, " width"],
+    eps: float,
+    *,
+    groups: int = 1,
+    gate_first: bool = True,
+) -> Float[Tensor, "*batch width"]:
+    """The norm of x · silu(gate), or the norm of x times silu(gate).
+
+    Args:
+        x: any floating dtype, any strides.
+        gate: of the shape of x; before its silu.
+        weight: any floating dtype.
+        eps: added to the mean square.
+        groups: equal parts of the last dimension, each with a mean of its own.
+        gate_first: whether the gate comes before the norm.
+
+    Returns:
+        In the wider of the dtypes of x and weight.
+    """
+    if runs_kernels(x, gate, weight):
+        from widefield.ops.rms_norm import cuda
+
+        return cuda.gated_rms_norm(x, gate, weight, eps, groups=groups, gate_first=gate_first)
+    return reference.gated_rms_norm(x, gate, weight, eps, groups=groups, gate_first=gate_first)

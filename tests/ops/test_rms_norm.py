@@ -1,0 +1,126 @@
+"""The RMS norms: what the reference means, and Triton's kernels against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ops.triton_device import DEVICE, DTYPES, INTERPRETED, LENGTHS, error, on_triton
+from widefield import ops
+from widefield.ops.rms_norm import reference
+
+GATED = [(groups, first) for groups in (1, 3) for first in (True, False)]
+
+
+def inputs(length: int, width: int = 90, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x and gate, views of one product; the weight."""
+    x, gate = torch.randn(2, length, 2 * width).to(dtype).chunk(2, dim=-1)
+    return [x, gate, torch.rand(width).to(dtype)]
+
+
+def moved(tensors: list[Tensor], *to: Any) -> list[Tensor]:
+    return [t.to(*to) for t in tensors]
+
+
+def test_the_plain_norm_is_that_of_torch() -> None:
+    x, _, weight = inputs(20)
+    expected = nn.functional.rms_norm(x, (90,), weight, 1e-5)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), expected)
+    torch.testing.assert_close(ops.rms_norm(x, None, 1e-5) * weight, expected)
+
+
+def test_the_gate_stands_before_or_behind_the_norm() -> None:
+    x, gate, weight = inputs(20)
+    before = ops.gated_rms_norm(x, gate, weight, 1e-5)
+    torch.testing.assert_close(before, ops.rms_norm(x * nn.functional.silu(gate), weight, 1e-5))
+    behind = ops.gated_rms_norm(x, gate, weight, 1e-5, gate_first=False)
+    torch.testing.assert_close(behind, ops.rms_norm(x, weight, 1e-5) * nn.functional.silu(gate))
+
+
+def test_groups_are_normed_apart() -> None:
+    x, gate, weight = inputs(20)
+    whole = ops.gated_rms_norm(x, gate, weight, 1e-5, groups=3)
+    for part in (slice(0, 30), slice(30, 60), slice(60, 90)):
+        alone = ops.gated_rms_norm(x[..., part], gate[..., part], weight[part], 1e-5)
+        torch.testing.assert_close(whole[..., part], alone)
+
+
+def test_the_output_is_as_wide_as_asked() -> None:
+    x, _, weight = inputs(5, dtype=torch.bfloat16)
+    assert ops.rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert ops.rms_norm(x, weight.float(), 1e-5).dtype == torch.float32
+    assert ops.rms_norm(x, weight.float(), 1e-5, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_gradients_reach_input_gate_and_weight() -> None:
+    leaves = [t.detach().requires_grad_() for t in inputs(4)]
+    ops.gated_rms_norm(*leaves, 1e-5).sum().backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_kernel_is_as_exact_as_the_reference(length: int, dtype: torch.dtype) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, _gate, weight = moved(inputs(length, dtype=dtype), DEVICE)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-5)
+    allowed = 2 * error(reference.rms_norm(x, weight, 1e-5), truth)
+    assert error(cuda.rms_norm(x, weight, 1e-5), truth) <= allowed
+    bare = reference.rms_norm(x.double(), None, 1e-5)
+    allowed = 2 * error(reference.rms_norm(x, None, 1e-5), bare)
+    assert error(cuda.rms_norm(x, None, 1e-5), bare) <= allowed
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "gate_first"), GATED)
+def test_the_gated_kernel_is_as_exact_as_the_reference(
+    groups: int, gate_first: bool, dtype: torch.dtype, _: None
+) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    call = {"groups": groups, "gate_first": gate_first}
+    tensors = moved(inputs(63, dtype=dtype), DEVICE)
+    truth = reference.gated_rms_norm(*moved(tensors, torch.float64), 1e-5, **call)
+    allowed = 2 * error(reference.gated_rms_norm(*tensors, 1e-5, **call), truth)
+    assert error(cuda.gated_rms_norm(*tensors, 1e-5, **call), truth) <= allowed
+
+
+@on_triton
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 4, 64), (0, 64), (64,)])
+def test_the_kernel_takes_any_shape(shape: tuple[int, ...]) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, weight = moved([torch.randn(*shape, dtype=torch.float32), torch.rand(64)], DEVICE)
+    torch.testing.assert_close(cuda.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    turned = torch.randn(64, 7, device=DEVICE).t()
+    expected = reference.rms_norm(turned, weight, 1e-5)
+    torch.testing.assert_close(cuda.rms_norm(turned, weight, 1e-5), expected)
+
+
+@on_triton
+def test_a_wide_residual_is_normed_without_a_copy_of_it() -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, _gate, weight = moved(inputs(63), DEVICE)
+    y = cuda.rms_norm(x, weight.half(), 1e-5, dtype=torch.float16)
+    assert y.dtype == torch.float16
+    assert error(y, reference.rms_norm(x.double(), weight.half().double(), 1e-5)) < 5e-4
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs much memory")
+def test_the_kernel_is_right_past_two_to_the_31_elements() -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x = torch.randn(1, 700_000, 3200, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(1600, device="cuda").bfloat16()
+    whole = cuda.gated_rms_norm(x[..., :1600], x[..., 1600:], weight, 1e-5)
+    part = x[:, -1000:].clone()
+    alone = cuda.gated_rms_norm(part[..., :1600], part[..., 1600:], weight, 1e-5)
+    assert torch.equal(whole[:, -1000:], alone)
