@@ -1,0 +1,374 @@
+"""The scan of Mamba-2 on a GPU, in Triton.
+
+A sequence is cut into segments, so many that every multiprocessor has some; one program walks a
+segment of one head in chunks and keeps the float32 state in registers. So the state in front of
+every segment has to be known beforehand: a first kernel finds what each segment adds to the state,
+the second adds that up in front of its own. Neither chunk states nor the products of C and B ever
+go through memory.
+
+What is rounded to the inputs' dtype: in y, each factor once, as y itself is; in states, nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from widefield.ops.ssd._triton import effective, log_decay, product
+from widefield.plan import LayerPlan, SSDInputs
+
+CHUNK = 64
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _per_head(
+    A_ptr, bias_ptr, D_ptr, scale_ptr, floor_ptr, decay_ptr,
+    head, sequence, scale_row, floor_row, decay_row,
+    HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
+    SCALE: tl.constexpr, FLOOR: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    rate = tl.load(A_ptr + head).to(tl.float32)
+    bias = 0.0
+    skip = 0.0
+    scale = 1.0
+    floor = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + head).to(tl.float32)
+    if HAS_D:
+        skip = tl.load(D_ptr + head).to(tl.float32)
+    if SCALE:
+        scale = tl.load(scale_ptr + sequence * scale_row + head)
+    if FLOOR:
+        floor = tl.load(floor_ptr + sequence * floor_row + head)
+    if DECAY:
+        rate = rate * tl.load(decay_ptr + sequence * decay_row + head)
+    return rate * _LOG2E, bias, skip, scale, floor
+
+
+@triton.jit
+def _bounds(table_ptr, row, slot, slots, length, segment, VARLEN: tl.constexpr):
+    """Sequence, first and last token + 1 of a segment, its number in its sequence, its place."""
+    if VARLEN:
+        sequence = tl.load(table_ptr + slot * 4)
+        begin = tl.load(table_ptr + slot * 4 + 1)
+        end = tl.load(table_ptr + slot * 4 + 2)
+        number = tl.load(table_ptr + slot * 4 + 3)
+        last = tl.load(table_ptr + slot * 4 + 4) != sequence
+        place = slot.to(tl.int64)
+    else:
+        sequence = row
+        begin = slot.to(tl.int64) * segment
+        end = tl.minimum(begin + segment, length)
+        number = slot.to(tl.int64)
+        last = slot == slots - 1
+        place = row * slots + slot
+    return sequence, begin, end, number, last, place
+
+
+@triton.jit
+def _segment_states(
+    x_ptr, delta_ptr, A_ptr, B_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr, valid_ptr,
+    table_ptr, local_ptr, kept_ptr,
+    length, segment, slots, heads, width, states, share,
+    sxb, sxl, sxh, sdb, sdl, sdh, sBb, sBl, sBg, svb, svl, scale_row, floor_row, decay_row,
+    low, high,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
+    FLOOR: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the state of a head, and how much of what was before it leaves."""
+    blocks = tl.cdiv(width, BP)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    row = tl.program_id(2).to(tl.int64)
+    sequence, begin, end, number, last, place = _bounds(
+        table_ptr, row, tl.program_id(1), slots, length, segment, VARLEN
+    )
+    if last | (sequence < 0):
+        return
+    rate, bias, _, scale, floor = _per_head(
+        A_ptr, bias_ptr, A_ptr, scale_ptr, floor_ptr, decay_ptr, head, sequence,
+        scale_row, floor_row, decay_row, HAS_BIAS, False, SCALE, FLOOR, DECAY,
+    )  # fmt: skip
+    i = tl.arange(0, Q)
+    xp = x_ptr + row * sxb + head * sxh + (begin + i)[:, None] * sxl + p[None, :]
+    bp = B_ptr + row * sBb + (head // share) * sBg + (begin + i)[:, None] * sBl + n[None, :]
+    dp = delta_ptr + row * sdb + head * sdh + (begin + i) * sdl
+    vp = valid_ptr + row * svb + (begin + i) * svl
+    count = (end - begin).to(tl.int32)
+    state = tl.zeros((BP, BN), tl.float32)
+    kept = 1.0
+    raw = tl.load(dp, mask=i < count, other=0.0)
+    for start in tl.range(0, count, Q, num_stages=STAGES):
+        inside = start + i < count
+        x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
+        b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        ok = inside
+        if VALID:
+            ok = inside & (tl.load(vp, mask=inside, other=0) != 0)
+            x = tl.where(ok[:, None], x, 0.0)
+            b = tl.where(ok[:, None], b, 0.0)
+        if WIDE:
+            x = x.to(tl.float32)
+            b = b.to(tl.float32)
+        delta = effective(
+            raw, bias, low, high, scale, floor, ok, SOFTPLUS, LIMIT, SCALE, FLOOR
+        )  # fmt: skip
+        dp += Q * sdl
+        raw = tl.load(dp, mask=start + Q + i < count, other=0.0)
+        coarse, fine = log_decay(delta, rate)
+        ahead = tl.sum(coarse) - tl.cumsum(coarse) + (tl.sum(fine) - tl.cumsum(fine))
+        decay = tl.exp2(tl.sum(coarse) + tl.sum(fine))
+        written = tl.trans(x).to(tl.float32) * (delta * tl.exp2(ahead))[None, :]
+        state = product(written, b, state * decay, PRECISE)
+        kept *= decay
+        xp += Q * sxl
+        bp += Q * sBl
+        vp += Q * svl
+    at = (place * heads + head) * width * states
+    tl.store(
+        local_ptr + at + p[:, None].to(tl.int64) * states + n[None, :], state,
+        mask=(p < width)[:, None] & (n < states)[None, :],
+    )  # fmt: skip
+    tl.store(kept_ptr + place * heads + head, kept)
+
+
+@triton.jit
+def _outputs(
+    x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr,
+    valid_ptr, initial_ptr, table_ptr, local_ptr, kept_ptr, y_ptr, final_ptr,
+    length, segment, slots, heads, width, states, share,
+    sxb, sxl, sxh, sdb, sdl, sdh, sBb, sBl, sBg, sCb, sCl, sCg, svb, svl,
+    scale_row, floor_row, decay_row, low, high,
+    HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
+    FLOOR: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
+    WIDE: tl.constexpr, ROUGH: tl.constexpr, PRECISE: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of a segment of a head; the last segment of a sequence leaves the final state."""
+    blocks = tl.cdiv(width, BP)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    row = tl.program_id(2).to(tl.int64)
+    sequence, begin, end, number, last, place = _bounds(
+        table_ptr, row, tl.program_id(1), slots, length, segment, VARLEN
+    )
+    if sequence < 0:
+        return
+    rate, bias, skip, scale, floor = _per_head(
+        A_ptr, bias_ptr, D_ptr, scale_ptr, floor_ptr, decay_ptr, head, sequence,
+        scale_row, floor_row, decay_row, HAS_BIAS, HAS_D, SCALE, FLOOR, DECAY,
+    )  # fmt: skip
+    within = (p < width)[:, None] & (n < states)[None, :]
+    tile = p[:, None].to(tl.int64) * states + n[None, :]
+    state = tl.zeros((BP, BN), tl.float32)
+    if HAS_INITIAL:
+        at = (sequence * heads + head) * width * states
+        state = tl.load(initial_ptr + at + tile, mask=within, other=0.0)
+    for before in range(number):
+        at = (place - number + before) * heads + head
+        local = tl.load(local_ptr + at * width * states + tile, mask=within, other=0.0)
+        state = state * tl.load(kept_ptr + at) + local
+
+    i = tl.arange(0, Q)
+    xp = x_ptr + row * sxb + head * sxh + (begin + i)[:, None] * sxl + p[None, :]
+    bp = B_ptr + row * sBb + (head // share) * sBg + (begin + i)[:, None] * sBl + n[None, :]
+    cp = C_ptr + row * sCb + (head // share) * sCg + (begin + i)[:, None] * sCl + n[None, :]
+    dp = delta_ptr + row * sdb + head * sdh + (begin + i) * sdl
+    vp = valid_ptr + row * svb + (begin + i) * svl
+    step = heads * width
+    yp = y_ptr + ((row * length + begin + i) * heads + head)[None, :] * width + p[:, None]
+    count = (end - begin).to(tl.int32)
+    raw = tl.load(dp, mask=i < count, other=0.0)
+    for start in tl.range(0, count, Q, num_stages=STAGES):
+        inside = start + i < count
+        x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
+        b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        c = tl.load(cp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        ok = inside
+        if VALID:
+            ok = inside & (tl.load(vp, mask=inside, other=0) != 0)
+            x = tl.where(ok[:, None], x, 0.0)
+            b = tl.where(ok[:, None], b, 0.0)
+            c = tl.where(ok[:, None], c, 0.0)
+        if WIDE:
+            x = x.to(tl.float32)
+            b = b.to(tl.float32)
+            c = c.to(tl.float32)
+        delta = effective(
+            raw, bias, low, high, scale, floor, ok, SOFTPLUS, LIMIT, SCALE, FLOOR
+        )  # fmt: skip
+        dp += Q * sdl
+        raw = tl.load(dp, mask=start + Q + i < count, other=0.0)
+        coarse, fine = log_decay(delta, rate)
+        sums, rests = tl.cumsum(coarse), tl.cumsum(fine)
+
+        # Transposed, tokens that are read by tokens that read: the state is then a left factor.
+        weight = tl.dot(b, tl.trans(c), input_precision=ROUGH)
+        log = (sums[None, :] - sums[:, None]) + (rests[None, :] - rests[:, None])
+        weight = tl.where(
+            i[:, None] <= i[None, :], weight * (tl.exp2(log) * delta[:, None]), 0.0
+        )
+        y = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=ROUGH)
+        y = y * tl.exp2(sums + rests)[None, :]
+        y = tl.dot(tl.trans(x), weight.to(x.dtype), y, input_precision=ROUGH)
+        turned = tl.trans(x).to(tl.float32)
+        if HAS_D:
+            y += turned * skip
+        if VALID:
+            y = tl.where(ok[None, :], y, 0.0)
+        tl.store(yp, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (p < width)[:, None])
+
+        total, rest = tl.sum(coarse), tl.sum(fine)
+        ahead = (total - sums) + (rest - rests)
+        written = turned * (delta * tl.exp2(ahead))[None, :]
+        state = product(written, b, state * tl.exp2(total + rest), PRECISE)
+        xp += Q * sxl
+        bp += Q * sBl
+        cp += Q * sCl
+        vp += Q * svl
+        yp += Q * step
+    if last:
+        at = (sequence * heads + head) * width * states
+        tl.store(final_ptr + at + tile, state, mask=within)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How sequences are cut into segments.
+
+    Attributes:
+        segment: tokens of one.
+        slots: segments of a row; where sequences lie side by side, at least as many as there are.
+        sequences: the first dimension of states.
+        table: (slots + 1, 4) sequence, begin, end and number within the sequence of each segment,
+            sequence -1 where there is none; None where rows are sequences.
+    """
+
+    segment: int
+    slots: int
+    sequences: int
+    table: Tensor | None
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: so that short sequences have several segments, too
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _cut(inputs: SSDInputs, programs: int, chunk: int = CHUNK) -> _Cut:
+    """Segments for about two programs a multiprocessor, where a segment needs so many."""
+    batch, length = inputs.x.shape[:2]
+    wanted = 2 * _processors(inputs.x.device) // programs
+    slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
+    segment = max(chunk, chunk * -(-length // (chunk * slots)))
+    if inputs.cu_seqlens is None:
+        return _Cut(segment, max(1, -(-length // segment)), batch, None)
+    sequences = inputs.cu_seqlens.shape[0] - 1
+    slots = length // segment + sequences
+    return _Cut(segment, slots, sequences, _table(inputs.cu_seqlens.long(), segment, slots))
+
+
+def _table(starts: Tensor, segment: int, slots: int) -> Tensor:
+    """The table of `_Cut`, made without waiting for the device; no sequence is without segment."""
+    lengths = starts.diff()
+    counts = ((lengths + segment - 1) // segment).clamp_min(1)
+    ends = counts.cumsum(0)
+    slot = torch.arange(slots + 1, device=starts.device)
+    sequence = torch.searchsorted(ends, slot, right=True)
+    used = sequence < len(lengths)
+    sequence = sequence.clamp_max(len(lengths) - 1)
+    number = slot - (ends - counts)[sequence]
+    begin = torch.minimum(starts[sequence] + number * segment, starts[sequence + 1])
+    end = torch.minimum(begin + segment, starts[sequence + 1])
+    return torch.stack([torch.where(used, sequence, -1), begin, end, number], dim=1).contiguous()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The kernels walk the last dimension with stride 1; anything else is copied once."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _per_row(values: Tensor | None) -> tuple[Tensor | None, int]:
+    """Plan values (H,) or (B, H) as float32, and the stride from row to row."""
+    if values is None:
+        return None, 0
+    values = values.float().contiguous()
+    return values, 0 if values.ndim == 1 else values.shape[1]
+
+
+def forward(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
+    plan = plan or LayerPlan()
+    x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
+    delta, valid = inputs.delta, inputs.valid
+    A = inputs.A.float().contiguous()
+    D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
+    initial = None if inputs.initial_state is None else inputs.initial_state.float().contiguous()
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    floor, floor_row = _per_row(plan.delta_floor)
+    scale, scale_row = _per_row(plan.delta_scale)
+    decay, decay_row = _per_row(plan.decay_scale)
+    BP = min(64, max(16, triton.next_power_of_2(width)))
+    BN = max(16, triton.next_power_of_2(states))
+    blocks = triton.cdiv(width, BP)
+    cut = _cut(inputs, batch * heads * blocks)
+    y = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
+    final = torch.empty(cut.sequences, heads, width, states, dtype=torch.float32, device=x.device)
+    several = cut.slots > 1
+    local = kept = final
+    if several:
+        local = final.new_empty(batch, cut.slots, heads, width, states)
+        kept = final.new_empty(batch, cut.slots, heads)
+    rows = (floor_row, scale_row, decay_row)
+    low, high = inputs.delta_limit
+    flags = {
+        "HAS_BIAS": bias is not None, "SOFTPLUS": inputs.delta_softplus,
+        "LIMIT": inputs.delta_limit != (0.0, math.inf), "SCALE": scale is not None,
+        "FLOOR": floor is not None, "DECAY": decay is not None, "VALID": valid is not None,
+        "VARLEN": cut.table is not None, "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
+        "PRECISE": "tf32x3", "BP": BP, "BN": BN,
+    }  # fmt: skip
+    rough = "tf32x3" if x.dtype == torch.float32 else "tf32"
+    # Absent inputs are passed as x: their flag keeps the kernel from reading them.
+    D_, bias_, scale_, floor_, decay_, valid_, initial_, table_ = (
+        x if t is None else t for t in (D, bias, scale, floor, decay, valid, initial, cut.table)
+    )
+    valid_strides = (0, 0) if valid is None else valid.stride()
+    grid = (heads * blocks, cut.slots, batch)
+    sizes = (length, cut.segment, cut.slots, heads, width, states, heads // groups)
+    with torch.cuda.device_of(x):
+        if several:
+            _segment_states[grid](
+                x, delta, A, B, bias_, scale_, floor_, decay_, valid_, table_, local, kept,
+                *sizes, *x.stride()[:3], *delta.stride(), *B.stride()[:3], *valid_strides,
+                scale_row, floor_row, decay_row, low, high, **flags, **SETTINGS["states"],
+            )  # fmt: skip
+        _outputs[grid](
+            x, delta, A, B, C, D_, bias_, scale_, floor_, decay_, valid_, initial_, table_,
+            local, kept, y, final,
+            *sizes, *x.stride()[:3], *delta.stride(), *B.stride()[:3], *C.stride()[:3],
+            *valid_strides, scale_row, floor_row, decay_row, low, high,
+            HAS_D=D is not None, HAS_INITIAL=initial is not None, ROUGH=rough,
+            **flags, **SETTINGS["outputs"],
+        )  # fmt: skip
+    return y, final
+
+
+_MOST_SEGMENTS = 64
+SETTINGS = {
+    "states": {"Q": 64, "STAGES": 2, "num_warps": 4},
+    "outputs": {"Q": 64, "STAGES": 2, "num_warps": 4},
+}
