@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 # A token whose decay is below 2^-150 leaves nothing in float32, however much it is below.
-_LEAST = tl.constexpr(-150.0)
+LEAST = tl.constexpr(-150.0)
 # Added and taken away again, it rounds a float32 to a multiple of 2^-9: 128 such parts of at most
 # 150 add up without an error.
 _COARSE = tl.constexpr(1.5 * 2.0**14)
@@ -18,7 +18,7 @@ def softplus(v):
     """Exact to float32's last places, which the GPU's own logarithm near 1 is not."""
     # exp(-|v|) in two factors, 2^n and 2^f with |f| ≤ ½, by polynomial.
     u = tl.maximum(-tl.abs(v), -87.0)
-    n = tl.floor(u * _LOG2E + 0.5)
+    n = tl.floor(u * LOG2E + 0.5)
     f = tl.fma(n, -0.693145751953125, u)
     f = tl.fma(n, -1.428606765330187e-6, f)
     p = tl.fma(f, 0.0013751150108873844, 0.00836898759007454)
@@ -41,29 +41,10 @@ def softplus(v):
 
 
 @triton.jit
-def effective(
-    raw, bias, low, high, scale, floor, inside,
-    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-):  # fmt: skip
-    """Δ as the scan uses it; 0 for a token that is not `inside`."""
-    delta = raw.to(tl.float32) + bias
-    if SOFTPLUS:
-        delta = softplus(delta)
-    if LIMIT:
-        delta = tl.where(delta < low, low, delta)
-        delta = tl.where(delta > high, high, delta)
-    if SCALE:
-        delta = delta * scale
-    if FLOOR:
-        delta = tl.where(delta < floor, 0.0, delta)
-    return tl.where(inside, delta, 0.0)
-
-
-@triton.jit
 def log_decay(delta, rate):
     """The binary logarithm of each token's decay, in a coarse part and the rest."""
     log = delta * rate
-    log = tl.where(log < _LEAST, _LEAST, log)
+    log = tl.where(log < LEAST, LEAST, log)
     coarse = (log + _COARSE) - _COARSE
     return coarse, log - coarse
 

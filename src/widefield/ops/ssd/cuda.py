@@ -13,48 +13,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from widefield.ops.ssd._triton import effective, log_decay, product
+from widefield.ops.ssd._triton import LEAST, LOG2E, log_decay, product, softplus
 from widefield.plan import LayerPlan, SSDInputs
 
 CHUNK = 64
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _per_head(
-    A_ptr, bias_ptr, D_ptr, scale_ptr, floor_ptr, decay_ptr,
-    head, sequence, scale_row, floor_row, decay_row,
-    HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    SCALE: tl.constexpr, FLOOR: tl.constexpr, DECAY: tl.constexpr,
-):  # fmt: skip
-    rate = tl.load(A_ptr + head).to(tl.float32)
-    bias = 0.0
-    skip = 0.0
-    scale = 1.0
-    floor = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + head).to(tl.float32)
-    if HAS_D:
-        skip = tl.load(D_ptr + head).to(tl.float32)
-    if SCALE:
-        scale = tl.load(scale_ptr + sequence * scale_row + head)
-    if FLOOR:
-        floor = tl.load(floor_ptr + sequence * floor_row + head)
-    if DECAY:
-        rate = rate * tl.load(decay_ptr + sequence * decay_row + head)
-    return rate * _LOG2E, bias, skip, scale, floor
 
 
 @triton.jit
 def _bounds(table_ptr, row, slot, slots, length, segment, VARLEN: tl.constexpr):
-    """Sequence, first and last token + 1 of a segment, its number in its sequence, its place."""
+    """Of a segment: sequence, first token, tokens, number in the sequence, last of it, place."""
     if VARLEN:
         sequence = tl.load(table_ptr + slot * 4)
         begin = tl.load(table_ptr + slot * 4 + 1)
@@ -69,107 +42,183 @@ def _bounds(table_ptr, row, slot, slots, length, segment, VARLEN: tl.constexpr):
         number = slot.to(tl.int64)
         last = slot == slots - 1
         place = row * slots + slot
-    return sequence, begin, end, number, last, place
+    return sequence, begin, (end - begin).to(tl.int32), number, last, place
+
+
+@triton.jit
+def _deltas(
+    delta_ptr, A_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr, valid_ptr, table_ptr,
+    effective_ptr, sums_ptr, rests_ptr,
+    length, segment, slots, heads, sdb, sdl, sdh, svb, svl,
+    scale_row, floor_row, decay_row, low, high,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
+    FLOOR: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Δ as the scan uses it, and the sums of the logarithms of decays since a chunk's start."""
+    row = tl.program_id(2).to(tl.int64)
+    chunks = tl.cdiv(segment, Q)
+    sequence, begin, count, _, _, _ = _bounds(
+        table_ptr, row, tl.program_id(0) // chunks, slots, length, segment, VARLEN
+    )
+    start = (tl.program_id(0) % chunks) * Q
+    if (sequence < 0) | (start >= count):
+        return
+    t = start + tl.arange(0, Q)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    there = head < heads
+    at = (begin + t)[:, None]
+    inside = (t < count)[:, None] & there[None, :]
+    raw = tl.load(
+        delta_ptr + row * sdb + at * sdl + head[None, :] * sdh, mask=inside, other=0.0
+    ).to(tl.float32)
+    rate = tl.load(A_ptr + head, mask=there, other=0.0)
+    if DECAY:
+        rate *= tl.load(decay_ptr + sequence * decay_row + head, mask=there, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + head, mask=there, other=0.0).to(tl.float32)[None, :]
+    delta = raw
+    if SOFTPLUS:
+        delta = softplus(delta)
+    if LIMIT:
+        delta = tl.where(delta < low, low, delta)
+        delta = tl.where(delta > high, high, delta)
+    if SCALE:
+        delta *= tl.load(scale_ptr + sequence * scale_row + head, mask=there, other=0.0)[None, :]
+    if FLOOR:
+        floor = tl.load(floor_ptr + sequence * floor_row + head, mask=there, other=0.0)
+        delta = tl.where(delta < floor[None, :], 0.0, delta)
+    open = inside
+    if VALID:
+        ok = tl.load(valid_ptr + row * svb + (begin + t) * svl, mask=t < count, other=0)
+        open = inside & (ok != 0)[:, None]
+    delta = tl.where(open, delta, 0.0)
+    coarse, fine = log_decay(delta, (rate * LOG2E)[None, :])
+    coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
+    sums = coarse + fine
+    out = (row * heads + head)[None, :] * length + at
+    tl.store(effective_ptr + out, delta, mask=inside)
+    tl.store(sums_ptr + out, sums, mask=inside)
+    tl.store(rests_ptr + out, (coarse - sums) + fine, mask=inside)
 
 
 @triton.jit
 def _segment_states(
-    x_ptr, delta_ptr, A_ptr, B_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr, valid_ptr,
-    table_ptr, local_ptr, kept_ptr,
+    x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr,
     length, segment, slots, heads, width, states, share,
-    sxb, sxl, sxh, sdb, sdl, sdh, sBb, sBl, sBg, svb, svl, scale_row, floor_row, decay_row,
-    low, high,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
-    FLOOR: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
-    WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    sxb, sxl, sxh, sBb, sBl, sBg, svb, svl,
+    VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the state of a head, and how much of what was before it leaves."""
+    """What a segment adds to the state of a head, and how much of what was before it leaves.
+
+    From the last chunk to the first: what no float32 can tell from 0 at the segment's end is not
+    added up, but not-a-number in it is found.
+    """
     blocks = tl.cdiv(width, BP)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     row = tl.program_id(2).to(tl.int64)
-    sequence, begin, end, number, last, place = _bounds(
+    sequence, begin, count, _, _, place = _bounds(
         table_ptr, row, tl.program_id(1), slots, length, segment, VARLEN
     )
-    if last | (sequence < 0):
+    if sequence < 0:
         return
-    rate, bias, _, scale, floor = _per_head(
-        A_ptr, bias_ptr, A_ptr, scale_ptr, floor_ptr, decay_ptr, head, sequence,
-        scale_row, floor_row, decay_row, HAS_BIAS, False, SCALE, FLOOR, DECAY,
-    )  # fmt: skip
+    tokens = (row * heads + head) * length + begin
+    chunks = tl.cdiv(count, Q)
+    alive = 0
+    behind = 0.0
+    for first in range(0, chunks, 256):
+        back = first + tl.arange(0, 256)
+        end = tl.minimum((chunks - back) * Q, count)
+        log = tl.load(sums_ptr + tokens + end - 1, mask=back < chunks, other=0.0)
+        since = behind + tl.cumsum(log) - log
+        lost = (since < LEAST) | (back >= chunks)
+        alive = tl.maximum(alive, tl.max(tl.where(lost, 0, back + 1)))
+        behind += tl.sum(log)
+
     i = tl.arange(0, Q)
     xp = x_ptr + row * sxb + head * sxh + (begin + i)[:, None] * sxl + p[None, :]
     bp = B_ptr + row * sBb + (head // share) * sBg + (begin + i)[:, None] * sBl + n[None, :]
-    dp = delta_ptr + row * sdb + head * sdh + (begin + i) * sdl
     vp = valid_ptr + row * svb + (begin + i) * svl
-    count = (end - begin).to(tl.int32)
+    nan_x = tl.zeros((Q, BP), tl.float32)
+    nan_b = tl.zeros((Q, BN), tl.float32)
+    for first in range(0, (chunks - alive) * Q, Q):
+        ok = first + i < count
+        if VALID:
+            ok = ok & (tl.load(vp, mask=ok, other=0) != 0)
+        x = tl.load(xp, mask=ok[:, None] & (p < width)[None, :], other=0.0)
+        b = tl.load(bp, mask=ok[:, None] & (n < states)[None, :], other=0.0)
+        nan_x += x.to(tl.float32) * 0.0
+        nan_b += b.to(tl.float32) * 0.0
+        xp += Q * sxl
+        bp += Q * sBl
+        vp += Q * svl
+    poison = tl.sum(nan_x) + tl.sum(nan_b)
+
+    more = (alive - 1).to(tl.int64) * Q
+    xp += more * sxl
+    bp += more * sBl
+    vp += more * svl
+    from_end = (chunks - 1) * Q
     state = tl.zeros((BP, BN), tl.float32)
-    kept = 1.0
-    raw = tl.load(dp, mask=i < count, other=0.0)
-    for start in tl.range(0, count, Q, num_stages=STAGES):
-        inside = start + i < count
+    since = 0.0
+    for back in tl.range(0, alive, num_stages=STAGES):
+        t = from_end - back * Q + i
+        inside = t < count
         x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
         b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
-        ok = inside
+        delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
+        sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
+        rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
+        end = tl.minimum(from_end - back * Q + Q, count) - 1
+        total = tl.load(sums_ptr + tokens + end)
+        rest = tl.load(rests_ptr + tokens + end)
         if VALID:
-            ok = inside & (tl.load(vp, mask=inside, other=0) != 0)
+            ok = tl.load(vp, mask=inside, other=0) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
         if WIDE:
             x = x.to(tl.float32)
             b = b.to(tl.float32)
-        delta = effective(
-            raw, bias, low, high, scale, floor, ok, SOFTPLUS, LIMIT, SCALE, FLOOR
-        )  # fmt: skip
-        dp += Q * sdl
-        raw = tl.load(dp, mask=start + Q + i < count, other=0.0)
-        coarse, fine = log_decay(delta, rate)
-        ahead = tl.sum(coarse) - tl.cumsum(coarse) + (tl.sum(fine) - tl.cumsum(fine))
-        decay = tl.exp2(tl.sum(coarse) + tl.sum(fine))
-        written = tl.trans(x).to(tl.float32) * (delta * tl.exp2(ahead))[None, :]
-        state = product(written, b, state * decay, PRECISE)
-        kept *= decay
-        xp += Q * sxl
-        bp += Q * sBl
-        vp += Q * svl
+        weight = delta * tl.exp2((total - sums) + (rest - rests) + since)
+        written = tl.trans(x).to(tl.float32) * weight[None, :]
+        state = product(written, b, state, PRECISE)
+        since += total + rest
+        xp -= Q * sxl
+        bp -= Q * sBl
+        vp -= Q * svl
+    state += poison
     at = (place * heads + head) * width * states
     tl.store(
         local_ptr + at + p[:, None].to(tl.int64) * states + n[None, :], state,
         mask=(p < width)[:, None] & (n < states)[None, :],
     )  # fmt: skip
-    tl.store(kept_ptr + place * heads + head, kept)
+    tl.store(kept_ptr + place * heads + head, tl.exp2(behind))
 
 
 @triton.jit
 def _outputs(
-    x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr,
-    valid_ptr, initial_ptr, table_ptr, local_ptr, kept_ptr, y_ptr, final_ptr,
+    x_ptr, B_ptr, C_ptr, D_ptr, valid_ptr, initial_ptr, table_ptr,
+    effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr, y_ptr, final_ptr,
     length, segment, slots, heads, width, states, share,
-    sxb, sxl, sxh, sdb, sdl, sdh, sBb, sBl, sBg, sCb, sCl, sCg, svb, svl,
-    scale_row, floor_row, decay_row, low, high,
-    HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr,
-    FLOOR: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
-    WIDE: tl.constexpr, ROUGH: tl.constexpr, PRECISE: tl.constexpr,
+    sxb, sxl, sxh, sBb, sBl, sBg, sCb, sCl, sCg, svb, svl,
+    HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
+    WIDE: tl.constexpr, EXACT: tl.constexpr, ROUGH: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of a segment of a head; the last segment of a sequence leaves the final state."""
+    """The y of a segment of a head; the last segment of a sequence leaves the final state."""
     blocks = tl.cdiv(width, BP)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     row = tl.program_id(2).to(tl.int64)
-    sequence, begin, end, number, last, place = _bounds(
+    sequence, begin, count, number, last, place = _bounds(
         table_ptr, row, tl.program_id(1), slots, length, segment, VARLEN
     )
     if sequence < 0:
         return
-    rate, bias, skip, scale, floor = _per_head(
-        A_ptr, bias_ptr, D_ptr, scale_ptr, floor_ptr, decay_ptr, head, sequence,
-        scale_row, floor_row, decay_row, HAS_BIAS, HAS_D, SCALE, FLOOR, DECAY,
-    )  # fmt: skip
     within = (p < width)[:, None] & (n < states)[None, :]
     tile = p[:, None].to(tl.int64) * states + n[None, :]
     state = tl.zeros((BP, BN), tl.float32)
@@ -180,25 +229,35 @@ def _outputs(
         at = (place - number + before) * heads + head
         local = tl.load(local_ptr + at * width * states + tile, mask=within, other=0.0)
         state = state * tl.load(kept_ptr + at) + local
+    if last:
+        at = place * heads + head
+        local = tl.load(local_ptr + at * width * states + tile, mask=within, other=0.0)
+        at = (sequence * heads + head) * width * states
+        local += state * tl.load(kept_ptr + place * heads + head)
+        tl.store(final_ptr + at + tile, local, mask=within)
 
+    skip = 0.0
+    if HAS_D:
+        skip = tl.load(D_ptr + head).to(tl.float32)
     i = tl.arange(0, Q)
+    tokens = (row * heads + head) * length + begin
     xp = x_ptr + row * sxb + head * sxh + (begin + i)[:, None] * sxl + p[None, :]
     bp = B_ptr + row * sBb + (head // share) * sBg + (begin + i)[:, None] * sBl + n[None, :]
     cp = C_ptr + row * sCb + (head // share) * sCg + (begin + i)[:, None] * sCl + n[None, :]
-    dp = delta_ptr + row * sdb + head * sdh + (begin + i) * sdl
     vp = valid_ptr + row * svb + (begin + i) * svl
-    step = heads * width
-    yp = y_ptr + ((row * length + begin + i) * heads + head)[None, :] * width + p[:, None]
-    count = (end - begin).to(tl.int32)
-    raw = tl.load(dp, mask=i < count, other=0.0)
+    yp = y_ptr + ((row * length + begin + i) * heads + head)[:, None] * width + p[None, :]
     for start in tl.range(0, count, Q, num_stages=STAGES):
-        inside = start + i < count
+        t = start + i
+        inside = t < count
         x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
         b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
         c = tl.load(cp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
-        ok = inside
+        delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
+        sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
+        end = tl.minimum(start + Q, count) - 1
+        total = tl.load(sums_ptr + tokens + end)
         if VALID:
-            ok = inside & (tl.load(vp, mask=inside, other=0) != 0)
+            ok = tl.load(vp, mask=inside, other=0) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
             c = tl.where(ok[:, None], c, 0.0)
@@ -206,42 +265,39 @@ def _outputs(
             x = x.to(tl.float32)
             b = b.to(tl.float32)
             c = c.to(tl.float32)
-        delta = effective(
-            raw, bias, low, high, scale, floor, ok, SOFTPLUS, LIMIT, SCALE, FLOOR
-        )  # fmt: skip
-        dp += Q * sdl
-        raw = tl.load(dp, mask=start + Q + i < count, other=0.0)
-        coarse, fine = log_decay(delta, rate)
-        sums, rests = tl.cumsum(coarse), tl.cumsum(fine)
 
         # Transposed, tokens that are read by tokens that read: the state is then a left factor.
         weight = tl.dot(b, tl.trans(c), input_precision=ROUGH)
-        log = (sums[None, :] - sums[:, None]) + (rests[None, :] - rests[:, None])
-        weight = tl.where(
-            i[:, None] <= i[None, :], weight * (tl.exp2(log) * delta[:, None]), 0.0
-        )
+        # The product with 0 has the layout of the other products: nothing moves between lanes.
+        log = (weight * 0.0 + sums[None, :]) - sums[:, None]
+        if EXACT:
+            rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
+            log = (log + rests[None, :]) - rests[:, None]
+        weight = weight * tl.exp2(log) * delta[:, None]
+        weight = tl.where(i[:, None] <= i[None, :], weight, 0.0)
         y = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=ROUGH)
-        y = y * tl.exp2(sums + rests)[None, :]
+        y = y * tl.exp2(sums)[None, :]
         y = tl.dot(tl.trans(x), weight.to(x.dtype), y, input_precision=ROUGH)
         turned = tl.trans(x).to(tl.float32)
-        if HAS_D:
-            y += turned * skip
+        y += turned * skip
         if VALID:
             y = tl.where(ok[None, :], y, 0.0)
-        tl.store(yp, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (p < width)[:, None])
+        tl.store(
+            yp, tl.trans(y.to(y_ptr.dtype.element_ty)),
+            mask=inside[:, None] & (p < width)[None, :],
+        )  # fmt: skip
 
-        total, rest = tl.sum(coarse), tl.sum(fine)
-        ahead = (total - sums) + (rest - rests)
+        ahead = total - sums
+        if EXACT:
+            ahead += tl.load(rests_ptr + tokens + end) - rests
         written = turned * (delta * tl.exp2(ahead))[None, :]
-        state = product(written, b, state * tl.exp2(total + rest), PRECISE)
+        state = state * tl.exp2(total)
+        state = tl.dot(written.to(b.dtype), b, state, input_precision=ROUGH)
         xp += Q * sxl
         bp += Q * sBl
         cp += Q * sCl
         vp += Q * svl
-        yp += Q * step
-    if last:
-        at = (sequence * heads + head) * width * states
-        tl.store(final_ptr + at + tile, state, mask=within)
+        yp += Q * heads * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,48 +383,45 @@ def forward(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, T
     cut = _cut(inputs, batch * heads * blocks)
     y = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
     final = torch.empty(cut.sequences, heads, width, states, dtype=torch.float32, device=x.device)
-    several = cut.slots > 1
-    local = kept = final
-    if several:
-        local = final.new_empty(batch, cut.slots, heads, width, states)
-        kept = final.new_empty(batch, cut.slots, heads)
-    rows = (floor_row, scale_row, decay_row)
-    low, high = inputs.delta_limit
-    flags = {
-        "HAS_BIAS": bias is not None, "SOFTPLUS": inputs.delta_softplus,
-        "LIMIT": inputs.delta_limit != (0.0, math.inf), "SCALE": scale is not None,
-        "FLOOR": floor is not None, "DECAY": decay is not None, "VALID": valid is not None,
-        "VARLEN": cut.table is not None, "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
-        "PRECISE": "tf32x3", "BP": BP, "BN": BN,
-    }  # fmt: skip
+    local = final.new_empty(batch, cut.slots, heads, width, states)
+    kept = final.new_empty(batch, cut.slots, heads)
+    common = {"VARLEN": cut.table is not None, "VALID": valid is not None, "Q": CHUNK}
+    tiles = {"WIDE": x.dtype != torch.bfloat16 or not x.is_cuda, "BP": BP, "BN": BN, **common}
     rough = "tf32x3" if x.dtype == torch.float32 else "tf32"
     # Absent inputs are passed as x: their flag keeps the kernel from reading them.
     D_, bias_, scale_, floor_, decay_, valid_, initial_, table_ = (
         x if t is None else t for t in (D, bias, scale, floor, decay, valid, initial, cut.table)
     )
     valid_strides = (0, 0) if valid is None else valid.stride()
+    at = (length, cut.segment, cut.slots, heads)
+    sizes = (*at, width, states, heads // groups)
+    made = final.new_empty(3, batch, heads, length).unbind()
     grid = (heads * blocks, cut.slots, batch)
-    sizes = (length, cut.segment, cut.slots, heads, width, states, heads // groups)
+    few = min(16, triton.next_power_of_2(heads))
     with torch.cuda.device_of(x):
-        if several:
-            _segment_states[grid](
-                x, delta, A, B, bias_, scale_, floor_, decay_, valid_, table_, local, kept,
-                *sizes, *x.stride()[:3], *delta.stride(), *B.stride()[:3], *valid_strides,
-                scale_row, floor_row, decay_row, low, high, **flags, **SETTINGS["states"],
-            )  # fmt: skip
+        _deltas[(cut.slots * (cut.segment // CHUNK), triton.cdiv(heads, few), batch)](
+            delta, A, bias_, scale_, floor_, decay_, valid_, table_, *made,
+            *at, *delta.stride(), *valid_strides, scale_row, floor_row, decay_row,
+            *inputs.delta_limit, HAS_BIAS=bias is not None, SOFTPLUS=inputs.delta_softplus,
+            LIMIT=inputs.delta_limit != (0.0, math.inf), SCALE=scale is not None,
+            FLOOR=floor is not None, DECAY=decay is not None, HEADS=few, **common,
+        )  # fmt: skip
+        _segment_states[grid](
+            x, B, valid_, table_, *made, local, kept,
+            *sizes, *x.stride()[:3], *B.stride()[:3], *valid_strides,
+            PRECISE="tf32x3", **tiles, **SETTINGS["states"],
+        )  # fmt: skip
         _outputs[grid](
-            x, delta, A, B, C, D_, bias_, scale_, floor_, decay_, valid_, initial_, table_,
-            local, kept, y, final,
-            *sizes, *x.stride()[:3], *delta.stride(), *B.stride()[:3], *C.stride()[:3],
-            *valid_strides, scale_row, floor_row, decay_row, low, high,
-            HAS_D=D is not None, HAS_INITIAL=initial is not None, ROUGH=rough,
-            **flags, **SETTINGS["outputs"],
+            x, B, C, D_, valid_, initial_, table_, *made, local, kept, y, final,
+            *sizes, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *valid_strides,
+            HAS_D=D is not None, HAS_INITIAL=initial is not None,
+            EXACT=x.dtype == torch.float32, ROUGH=rough, **tiles, **SETTINGS["outputs"],
         )  # fmt: skip
     return y, final
 
 
 _MOST_SEGMENTS = 64
 SETTINGS = {
-    "states": {"Q": 64, "STAGES": 2, "num_warps": 4},
-    "outputs": {"Q": 64, "STAGES": 2, "num_warps": 4},
+    "states": {"STAGES": 2, "num_warps": 4},
+    "outputs": {"STAGES": 2, "num_warps": 4},
 }
