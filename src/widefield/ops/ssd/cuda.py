@@ -144,39 +144,38 @@ def _segment_states(
     vp = valid_ptr + row * svb + (begin + i) * svl
     nan_x = tl.zeros((Q, BP), tl.float32)
     nan_b = tl.zeros((Q, BN), tl.float32)
-    for first in range(0, (chunks - alive) * Q, Q):
-        ok = first + i < count
+    for start in tl.range(0, (chunks - alive) * Q, Q, num_stages=3):
+        ok = start + i < count
         if VALID:
-            ok = ok & (tl.load(vp, mask=ok, other=0) != 0)
-        x = tl.load(xp, mask=ok[:, None] & (p < width)[None, :], other=0.0)
-        b = tl.load(bp, mask=ok[:, None] & (n < states)[None, :], other=0.0)
+            ok = ok & (tl.load(vp + tl.cast(start, tl.int64) * svl, mask=ok, other=0) != 0)
+        x = tl.load(
+            xp + tl.cast(start, tl.int64) * sxl, mask=ok[:, None] & (p < width)[None, :], other=0.0
+        )
+        b = tl.load(
+            bp + tl.cast(start, tl.int64) * sBl, mask=ok[:, None] & (n < states)[None, :], other=0.0
+        )
         nan_x += x.to(tl.float32) * 0.0
         nan_b += b.to(tl.float32) * 0.0
-        xp += Q * sxl
-        bp += Q * sBl
-        vp += Q * svl
     poison = tl.sum(nan_x) + tl.sum(nan_b)
 
-    more = (alive - 1).to(tl.int64) * Q
-    xp += more * sxl
-    bp += more * sBl
-    vp += more * svl
     from_end = (chunks - 1) * Q
     state = tl.zeros((BP, BN), tl.float32)
     since = 0.0
     for back in tl.range(0, alive, num_stages=STAGES):
-        t = from_end - back * Q + i
+        start = from_end - back * Q
+        far = tl.cast(start, tl.int64)
+        t = start + i
         inside = t < count
-        x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
-        b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        x = tl.load(xp + far * sxl, mask=inside[:, None] & (p < width)[None, :], other=0.0)
+        b = tl.load(bp + far * sBl, mask=inside[:, None] & (n < states)[None, :], other=0.0)
         delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
-        end = tl.minimum(from_end - back * Q + Q, count) - 1
+        end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
         rest = tl.load(rests_ptr + tokens + end)
         if VALID:
-            ok = tl.load(vp, mask=inside, other=0) != 0
+            ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
         if WIDE:
@@ -186,9 +185,6 @@ def _segment_states(
         written = tl.trans(x).to(tl.float32) * weight[None, :]
         state = product(written, b, state, PRECISE)
         since += total + rest
-        xp -= Q * sxl
-        bp -= Q * sBl
-        vp -= Q * svl
     state += poison
     at = (place * heads + head) * width * states
     tl.store(
@@ -249,15 +245,16 @@ def _outputs(
     for start in tl.range(0, count, Q, num_stages=STAGES):
         t = start + i
         inside = t < count
-        x = tl.load(xp, mask=inside[:, None] & (p < width)[None, :], other=0.0)
-        b = tl.load(bp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
-        c = tl.load(cp, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        far = tl.cast(start, tl.int64)
+        x = tl.load(xp + far * sxl, mask=inside[:, None] & (p < width)[None, :], other=0.0)
+        b = tl.load(bp + far * sBl, mask=inside[:, None] & (n < states)[None, :], other=0.0)
+        c = tl.load(cp + far * sCl, mask=inside[:, None] & (n < states)[None, :], other=0.0)
         delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
         if VALID:
-            ok = tl.load(vp, mask=inside, other=0) != 0
+            ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
             c = tl.where(ok[:, None], c, 0.0)
@@ -283,7 +280,7 @@ def _outputs(
         if VALID:
             y = tl.where(ok[None, :], y, 0.0)
         tl.store(
-            yp, tl.trans(y.to(y_ptr.dtype.element_ty)),
+            yp + far * heads * width, tl.trans(y.to(y_ptr.dtype.element_ty)),
             mask=inside[:, None] & (p < width)[None, :],
         )  # fmt: skip
 
@@ -293,11 +290,6 @@ def _outputs(
         written = turned * (delta * tl.exp2(ahead))[None, :]
         state = state * tl.exp2(total)
         state = tl.dot(written.to(b.dtype), b, state, input_precision=ROUGH)
-        xp += Q * sxl
-        bp += Q * sBl
-        cp += Q * sCl
-        vp += Q * svl
-        yp += Q * heads * width
 
 
 @dataclass(frozen=True, slots=True)
