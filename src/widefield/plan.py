@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = ["LayerPlan", "ModelLayout", "Pool", "SSDInputs", "ScanInputs"]
@@ -106,7 +106,7 @@ class SSDInputs:
     delta_limit: tuple[float, float] = (0.0, math.inf)
     initial_state: Float[Tensor, "sequences heads width state"] | None = None
     valid: Bool[Tensor, "batch length"] | None = None
-    cu_seqlens: Int[Tensor, " ends"] | None = None
+    cu_seqlens: Tensor | None = None
 
     def replace(self, **changes: object) -> SSDInputs:
         """A copy with the given fields exchanged."""

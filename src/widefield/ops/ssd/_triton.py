@@ -16,6 +16,7 @@ _COARSE = tl.constexpr(1.5 * 2.0**14)
 @triton.jit
 def softplus(v):
     """Exact to float32's last places, which the GPU's own logarithm near 1 is not."""
+    tiny = v < -87.0
     # exp(-|v|) in two factors, 2^n and 2^f with |f| ≤ ½, by polynomial.
     u = tl.maximum(-tl.abs(v), -87.0)
     n = tl.floor(u * LOG2E + 0.5)
@@ -37,7 +38,8 @@ def softplus(v):
     p = tl.fma(q, p, 1.0 / 7.0)
     p = tl.fma(q, p, 1.0 / 5.0)
     p = tl.fma(q, p, 1.0 / 3.0)
-    return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + 2.0 * tl.fma(s * q, p, s)) + v * 0.0
+    v = tl.where(v > 20.0, v, tl.maximum(v, 0.0) + 2.0 * tl.fma(s * q, p, s)) + v * 0.0
+    return tl.where(tiny, 0.0, v)
 
 
 @triton.jit
@@ -208,12 +210,19 @@ def deltas(
 
 
 @triton.jit
+def _tile(pointer, far, stride, local, across, size, WHOLE: tl.constexpr):
+    """A tile of rows `local` behind row `far`; columns from `size` on are 0."""
+    at = pointer + far * stride + (local[:, None] * stride + across[None, :])
+    return tl.load(at) if WHOLE else tl.load(at, mask=(across < size)[None, :], other=0.0)
+
+
+@triton.jit
 def segment_states(
     x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr,
     length, segment, slots, heads, width, states, share,
     sxb, sxl, sxh, sBb, sBl, sBg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
-    BACKWARD: tl.constexpr, UNIT: tl.constexpr,
+    BACKWARD: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state of a head, and how much of what was before it leaves.
@@ -247,22 +256,22 @@ def segment_states(
         behind += tl.sum(log)
 
     i = tl.arange(0, Q)
-    xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + p[None, :]
-    xp += (begin + i)[:, None] * (sxl * UNIT)
-    bp = B_ptr + row * (sBb * UNIT) + (head // share) * (sBg * UNIT) + n[None, :]
-    bp += (begin + i)[:, None] * (sBl * UNIT)
-    vp = valid_ptr + row * svb + (begin + i) * svl
+    xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + begin * (sxl * UNIT)
+    bp = B_ptr + row * (sBb * UNIT) + (head // share) * (sBg * UNIT) + begin * (sBl * UNIT)
+    vp = valid_ptr + row * svb + begin * svl
     nan_x = tl.zeros((Q, BP), tl.float32)
     nan_b = tl.zeros((Q, BN), tl.float32)
     skipped = (alive if BACKWARD else 0) * Q
     for first in tl.range(0, (chunks - alive) * Q, Q, num_stages=3):
         start = first + skipped
         far = tl.cast(start, tl.int64)
-        ok = start + i < count
+        local = tl.minimum(i, count - 1 - start)
+        x = _tile(xp, far, sxl * UNIT, local, p, width, WHOLE)
+        b = _tile(bp, far, sBl * UNIT, local, n, states, WHOLE)
         if VALID:
-            ok = ok & (tl.load(vp + far * svl, mask=ok, other=0) != 0)
-        x = tl.load(xp + far * (sxl * UNIT), mask=ok[:, None] & (p < width)[None, :], other=0.0)
-        b = tl.load(bp + far * (sBl * UNIT), mask=ok[:, None] & (n < states)[None, :], other=0.0)
+            ok = tl.load(vp + (far + local) * svl) != 0
+            x = tl.where(ok[:, None], x, 0.0)
+            b = tl.where(ok[:, None], b, 0.0)
         nan_x += x.to(tl.float32) * 0.0
         nan_b += b.to(tl.float32) * 0.0
     poison = tl.sum(nan_x) + tl.sum(nan_b)
@@ -274,24 +283,23 @@ def segment_states(
         far = tl.cast(start, tl.int64)
         t = start + i
         inside = t < count
-        x = tl.load(xp + far * (sxl * UNIT), mask=inside[:, None] & (p < width)[None, :], other=0.0)
-        b = tl.load(
-            bp + far * (sBl * UNIT), mask=inside[:, None] & (n < states)[None, :], other=0.0
-        )
+        local = tl.minimum(i, count - 1 - start)
+        x = _tile(xp, far, sxl * UNIT, local, p, width, WHOLE)
+        b = _tile(bp, far, sBl * UNIT, local, n, states, WHOLE)
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
         rest = tl.load(rests_ptr + tokens + end)
         if VALID:
-            ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
+            ok = tl.load(vp + (far + local) * svl) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
         if WIDE:
             x = x.to(tl.float32)
             b = b.to(tl.float32)
         if BACKWARD:
-            weight = tl.exp2(sums + rests + since)
+            weight = tl.where(inside, tl.exp2(sums + rests + since), 0.0)
         else:
             delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
             weight = delta * tl.exp2((total - sums) + (rest - rests) + since)
@@ -314,7 +322,8 @@ def outputs(
     length, segment, slots, heads, width, states, share,
     sxb, sxl, sxh, sBb, sBl, sBg, sCb, sCl, sCg, svb, svl,
     HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr,
-    WIDE: tl.constexpr, EXACT: tl.constexpr, ROUGH: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr, EXACT: tl.constexpr, PRECISE: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The y of a segment of a head; the last segment of a sequence leaves the final state."""
@@ -350,28 +359,25 @@ def outputs(
         skip = tl.load(D_ptr + head).to(tl.float32)
     i = tl.arange(0, Q)
     tokens = (row * heads + head) * length + begin
-    xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + p[None, :]
-    xp += (begin + i)[:, None] * (sxl * UNIT)
-    bp = B_ptr + row * (sBb * UNIT) + (head // share) * (sBg * UNIT) + n[None, :]
-    bp += (begin + i)[:, None] * (sBl * UNIT)
-    cp = C_ptr + row * (sCb * UNIT) + (head // share) * (sCg * UNIT) + n[None, :]
-    cp += (begin + i)[:, None] * (sCl * UNIT)
-    vp = valid_ptr + row * svb + (begin + i) * svl
-    yp = y_ptr + ((row * length + begin + i) * heads + head)[:, None] * width + p[None, :]
+    xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + begin * (sxl * UNIT)
+    bp = B_ptr + row * (sBb * UNIT) + (head // share) * (sBg * UNIT) + begin * (sBl * UNIT)
+    cp = C_ptr + row * (sCb * UNIT) + (head // share) * (sCg * UNIT) + begin * (sCl * UNIT)
+    vp = valid_ptr + row * svb + begin * svl
+    yp = y_ptr + ((row * length + begin) * heads + head) * width
     for start in tl.range(0, count, Q, num_stages=STAGES):
         t = start + i
         inside = t < count
         far = tl.cast(start, tl.int64)
-        x = tl.load(xp + far * (sxl * UNIT), mask=inside[:, None] & (p < width)[None, :], other=0.0)
-        m = inside[:, None] & (n < states)[None, :]
-        b = tl.load(bp + far * (sBl * UNIT), mask=m, other=0.0)
-        c = tl.load(cp + far * (sCl * UNIT), mask=m, other=0.0)
+        local = tl.minimum(i, count - 1 - start)
+        x = _tile(xp, far, sxl * UNIT, local, p, width, WHOLE)
+        b = _tile(bp, far, sBl * UNIT, local, n, states, WHOLE)
+        c = _tile(cp, far, sCl * UNIT, local, n, states, WHOLE)
         delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
         if VALID:
-            ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
+            ok = tl.load(vp + (far + local) * svl) != 0
             x = tl.where(ok[:, None], x, 0.0)
             b = tl.where(ok[:, None], b, 0.0)
             c = tl.where(ok[:, None], c, 0.0)
@@ -381,7 +387,7 @@ def outputs(
             c = c.to(tl.float32)
 
         # Transposed, tokens that are read by tokens that read: the state is then a left factor.
-        weight = tl.dot(b, tl.trans(c), input_precision=ROUGH)
+        weight = tl.dot(b, tl.trans(c), input_precision=PRECISE)
         # The product with 0 has the layout of the other products: nothing moves between lanes.
         log = (weight * 0.0 + sums[None, :]) - sums[:, None]
         if EXACT:
@@ -389,16 +395,19 @@ def outputs(
             log = (log + rests[None, :]) - rests[:, None]
         weight = weight * tl.exp2(log) * delta[:, None]
         weight = tl.where(i[:, None] <= i[None, :], weight, 0.0)
-        y = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=ROUGH)
+        y = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=PRECISE)
         y = y * tl.exp2(sums)[None, :]
-        y = tl.dot(tl.trans(x), weight.to(x.dtype), y, input_precision=ROUGH)
+        y = tl.dot(tl.trans(x), weight.to(x.dtype), y, input_precision=PRECISE)
         turned = tl.trans(x).to(tl.float32)
         y += turned * skip
         if VALID:
             y = tl.where(ok[None, :], y, 0.0)
+        stored = inside[:, None]
+        if not WHOLE:
+            stored = stored & (p < width)[None, :]
         tl.store(
-            yp + far * heads * width, tl.trans(y.to(y_ptr.dtype.element_ty)),
-            mask=inside[:, None] & (p < width)[None, :],
+            yp + far * (heads * width) + (i[:, None] * (heads * width) + p[None, :]),
+            tl.trans(y.to(y_ptr.dtype.element_ty)), mask=stored,
         )  # fmt: skip
 
         ahead = total - sums
@@ -406,7 +415,7 @@ def outputs(
             ahead += tl.load(rests_ptr + tokens + end) - rests
         written = turned * (delta * tl.exp2(ahead))[None, :]
         state = state * tl.exp2(total)
-        state = tl.dot(written.to(b.dtype), b, state, input_precision=ROUGH)
+        state = tl.dot(written.to(b.dtype), b, state, input_precision=PRECISE)
 
 
 @triton.jit
@@ -449,8 +458,8 @@ def gradients(
 ):  # fmt: skip
     """Gradients of a segment, of `several` heads of one group, one after the other.
 
-    First forward, leaving the state in front of each chunk in scratch memory; then from the last
-    chunk to the first, with the gradient of the state in registers.
+    First forward with the state: the gradient of C, and the state in front of each chunk into
+    scratch memory. Then from the last chunk to the first with the gradient of the state: the rest.
     """
     blocks = tl.cdiv(width, BP)
     parts = tl.cdiv(share, several)
@@ -459,7 +468,7 @@ def gradients(
     n = tl.arange(0, BN)
     nm = n < states
     inner = tl.arange(0, BP)[:, None] * BN + n[None, :]
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (STEPS * BP * BN) + inner
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (STEPS * BP * BN)
     items = rows * slots * groups * parts * blocks
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
@@ -470,31 +479,25 @@ def gradients(
         p = block * BP + tl.arange(0, BP)
         pm = p < width
         within = pm[:, None] & nm[None, :]
-        tile = p[:, None].to(tl.int64) * states + n[None, :]
+        tile = p[:, None] * states + n[None, :]
         sequence, begin, count, _, _, place = _bounds(
             table_ptr, row, slot, slots, length, segment, VARLEN
         )
         if VARLEN:
             count = tl.where(sequence < 0, 0, count)
         chunks = tl.cdiv(count, Q)
-        t0 = begin + i
-        bp = B_ptr + row * (sBb * UNIT) + group * (sBg * UNIT) + n[None, :]
-        bp += t0[:, None] * (sBl * UNIT)
-        cp = C_ptr + row * (sCb * UNIT) + group * (sCg * UNIT) + n[None, :]
-        cp += t0[:, None] * (sCl * UNIT)
-        vp = valid_ptr + row * svb + t0 * svl
+        bp = B_ptr + row * (sBb * UNIT) + group * (sBg * UNIT) + begin * (sBl * UNIT)
+        cp = C_ptr + row * (sCb * UNIT) + group * (sCg * UNIT) + begin * (sCl * UNIT)
+        vp = valid_ptr + row * svb + begin * svl
         # Of all heads that this program adds up, in its own part of the sums.
-        sum_at = (
-            ((part * blocks + block).to(tl.int64) * rows + row) * length + t0
-        ) * groups + group
-        sum_at = sum_at[:, None] * states + n[None, :]
+        sum_at = ((part * blocks + block).to(tl.int64) * rows + row) * length + begin
+        in_sums = i[:, None] * (groups * states) + n[None, :]
         for number in range(several):
             head = group * share + part * several + number
             tokens = (row * heads + head) * length + begin
-            xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + p[None, :]
-            xp += t0[:, None] * (sxl * UNIT)
-            yp = dy_ptr + row * (syb * UNIT) + head * (syh * UNIT) + p[None, :]
-            yp += t0[:, None] * (syl * UNIT)
+            partial = block.to(tl.int64) * rows * heads * length + tokens
+            xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + begin * (sxl * UNIT)
+            yp = dy_ptr + row * (syb * UNIT) + head * (syh * UNIT) + begin * (syl * UNIT)
             at = (place * heads + head) * width * states
             state = tl.load(states_ptr + at + tile, mask=within, other=0.0)
             for chunk in range(chunks):
@@ -502,22 +505,62 @@ def gradients(
                 far = tl.cast(start, tl.int64)
                 t = start + i
                 inside = t < count
-                tl.store(scratch + chunk * (BP * BN), state)
-                x = tl.load(xp + far * (sxl * UNIT), mask=inside[:, None] & pm[None, :], other=0.0)
-                b = tl.load(bp + far * (sBl * UNIT), mask=inside[:, None] & nm[None, :], other=0.0)
+                mp = inside[:, None] & pm[None, :]
+                mn = inside[:, None] & nm[None, :]
+                tl.store(scratch + chunk * (BP * BN) + inner, state)
+                x = tl.load(
+                    xp + far * (sxl * UNIT) + (i[:, None] * (sxl * UNIT) + p[None, :]),
+                    mask=mp,
+                    other=0.0,
+                )
+                dy = tl.load(
+                    yp + far * (syl * UNIT) + (i[:, None] * (syl * UNIT) + p[None, :]),
+                    mask=mp,
+                    other=0.0,
+                )
+                b = tl.load(
+                    bp + far * (sBl * UNIT) + (i[:, None] * (sBl * UNIT) + n[None, :]),
+                    mask=mn,
+                    other=0.0,
+                )
+                c = tl.load(
+                    cp + far * (sCl * UNIT) + (i[:, None] * (sCl * UNIT) + n[None, :]),
+                    mask=mn,
+                    other=0.0,
+                )
                 if VALID:
-                    ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
+                    ok = tl.load(vp + t.to(tl.int64) * svl, mask=inside, other=0) != 0
                     x = tl.where(ok[:, None], x, 0.0)
+                    dy = tl.where(ok[:, None], dy, 0.0)
                     b = tl.where(ok[:, None], b, 0.0)
+                    c = tl.where(ok[:, None], c, 0.0)
                 if WIDE:
                     x = x.to(tl.float32)
+                    dy = dy.to(tl.float32)
                     b = b.to(tl.float32)
+                    c = c.to(tl.float32)
                 delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
-                sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
-                rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
                 end = tl.minimum(start + Q, count) - 1
                 total = tl.load(sums_ptr + tokens + end)
                 rest = tl.load(rests_ptr + tokens + end)
+                sums = tl.load(sums_ptr + tokens + t, mask=inside, other=total)
+                rests = tl.load(rests_ptr + tokens + t, mask=inside, other=rest)
+
+                read = narrow_times(dy, state, tl.zeros((Q, BN), tl.float32), 2, PRECISE)
+                read = read * tl.exp2(sums + rests)[:, None]
+                across = tl.sum(read * c.to(tl.float32), axis=1)
+                tl.store(through_ptr + partial + t, tl.cumsum(across, reverse=True), mask=inside)
+                # Rows are tokens that read, columns tokens that are read.
+                pairs = tl.dot(dy, tl.trans(x), input_precision=PRECISE)
+                log = (pairs * 0.0 + sums[:, None]) - sums[None, :]
+                log = (log + rests[:, None]) - rests[None, :]
+                pairs = pairs * tl.exp2(log) * delta[None, :]
+                pairs = tl.where(i[:, None] >= i[None, :], pairs, 0.0)
+                dC = times_narrow(pairs, b, read, 2, PRECISE)
+                spot = dC_ptr + ((sum_at + far) * groups + group) * states
+                dC += tl.load(spot + in_sums, mask=mn & (number > 0), other=0.0)
+                tl.store(spot + in_sums, dC, mask=mn)
+
                 weight = delta * tl.exp2((total - sums) + (rest - rests))
                 written = tl.trans(x).to(tl.float32) * weight[None, :]
                 state = times_narrow(written, b, state * tl.exp2(total + rest), 3, PRECISE)
@@ -535,12 +578,28 @@ def gradients(
                 inside = t < count
                 mp = inside[:, None] & pm[None, :]
                 mn = inside[:, None] & nm[None, :]
-                x = tl.load(xp + far * (sxl * UNIT), mask=mp, other=0.0)
-                dy = tl.load(yp + far * (syl * UNIT), mask=mp, other=0.0)
-                b = tl.load(bp + far * (sBl * UNIT), mask=mn, other=0.0)
-                c = tl.load(cp + far * (sCl * UNIT), mask=mn, other=0.0)
+                x = tl.load(
+                    xp + far * (sxl * UNIT) + (i[:, None] * (sxl * UNIT) + p[None, :]),
+                    mask=mp,
+                    other=0.0,
+                )
+                dy = tl.load(
+                    yp + far * (syl * UNIT) + (i[:, None] * (syl * UNIT) + p[None, :]),
+                    mask=mp,
+                    other=0.0,
+                )
+                b = tl.load(
+                    bp + far * (sBl * UNIT) + (i[:, None] * (sBl * UNIT) + n[None, :]),
+                    mask=mn,
+                    other=0.0,
+                )
+                c = tl.load(
+                    cp + far * (sCl * UNIT) + (i[:, None] * (sCl * UNIT) + n[None, :]),
+                    mask=mn,
+                    other=0.0,
+                )
                 if VALID:
-                    ok = tl.load(vp + far * svl, mask=inside, other=0) != 0
+                    ok = tl.load(vp + t.to(tl.int64) * svl, mask=inside, other=0) != 0
                     x = tl.where(ok[:, None], x, 0.0)
                     dy = tl.where(ok[:, None], dy, 0.0)
                     b = tl.where(ok[:, None], b, 0.0)
@@ -551,70 +610,62 @@ def gradients(
                     b = b.to(tl.float32)
                     c = c.to(tl.float32)
                 delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
-                sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
-                rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
                 end = tl.minimum(start + Q, count) - 1
                 total = tl.load(sums_ptr + tokens + end)
                 rest = tl.load(rests_ptr + tokens + end)
-                sums = tl.where(inside, sums, total)
-                rests = tl.where(inside, rests, rest)
-                since = tl.exp2(sums + rests)
+                sums = tl.load(sums_ptr + tokens + t, mask=inside, other=total)
+                rests = tl.load(rests_ptr + tokens + t, mask=inside, other=rest)
                 until = tl.exp2((total - sums) + (rest - rests))
                 whole = tl.exp2(total + rest)
-                state = tl.load(scratch + chunk * (BP * BN))
+
+                # How y changes with the logarithm of a token's decay: by what comes from before it
+                # and is read at it or later, from and in this chunk or others.
+                state = tl.load(scratch + chunk * (BP * BN) + inner)
+                through = tl.sum(tl.sum(ahead * state, axis=1), axis=0) * whole
+                through += tl.load(through_ptr + partial + t, mask=inside, other=0.0)
 
                 # Rows are tokens that are read, columns tokens that read.
                 products = tl.dot(b, tl.trans(c), input_precision=PRECISE)
                 log = (products * 0.0 + sums[None, :]) - sums[:, None]
-                log = (log + rests[None, :]) - rests[:, None]
-                left = tl.where(i[:, None] <= i[None, :], tl.exp2(log), 0.0)
-                products = tl.where(i[:, None] <= i[None, :], products * left, 0.0)
+                left = tl.exp2((log + rests[None, :]) - rests[:, None])
+                left = tl.where(i[:, None] <= i[None, :], left, 0.0)
+                products = products * left
                 pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISE)
                 both = tl.where(i[:, None] < i[None, :], products * pairs * delta[:, None], 0.0)
-                pairs = tl.where(i[:, None] <= i[None, :], pairs * left, 0.0)
+                pairs = pairs * left
+                earlier = i[None, :] < i[:, None]
+                both = narrow_times(
+                    earlier.to(b.dtype), both, tl.zeros((Q, Q), tl.float32), 2, PRECISE
+                )
+                through += tl.sum(tl.where(i[:, None] <= i[None, :], both, 0.0), axis=1)
 
                 later = narrow_times(b, tl.trans(ahead), tl.zeros((Q, BP), tl.float32), 2, PRECISE)
                 later = later * until[:, None]
-                into = times_narrow(products, dy, later, 2, PRECISE)
                 wide = x.to(tl.float32)
+                stayed = tl.sum(later * wide, axis=1) * delta
+                through += tl.sum(tl.where(earlier, stayed[None, :], 0.0), axis=1)
+                into = times_narrow(products, dy, later, 2, PRECISE)
+                tl.store(through_ptr + partial + t, through, mask=inside)
+                tl.store(direct_ptr + partial + t, tl.sum(into * wide, axis=1), mask=inside)
                 dx = into * delta[:, None]
                 grown = dy.to(tl.float32)
                 if HAS_D:
                     dx += skip * grown
                     dD += tl.sum(grown * wide, axis=0)
-                place_x = ((row * length + t0 + far) * heads + head)[:, None] * width + p[None, :]
-                tl.store(dx_ptr + place_x, dx.to(dx_ptr.dtype.element_ty), mask=mp)
+                spot = dx_ptr + ((row * length + begin + far) * heads + head) * width
+                tl.store(
+                    spot + (i[:, None] * (heads * width) + p[None, :]),
+                    dx.to(dx_ptr.dtype.element_ty),
+                    mask=mp,
+                )
 
-                read = narrow_times(dy, state, tl.zeros((Q, BN), tl.float32), 2, PRECISE)
-                read = read * since[:, None]
-                across = tl.sum(read * c.to(tl.float32), axis=1)
-                dC = times_narrow(tl.trans(pairs * delta[:, None]), b, read, 2, PRECISE)
                 wrote = narrow_times(x, ahead, tl.zeros((Q, BN), tl.float32), 2, PRECISE)
                 dB = times_narrow(pairs, c, wrote * until[:, None], 2, PRECISE) * delta[:, None]
-                place_n = sum_at + far * groups * states
-                dB += tl.load(dB_ptr + place_n, mask=mn & (number > 0), other=0.0)
-                dC += tl.load(dC_ptr + place_n, mask=mn & (number > 0), other=0.0)
-                tl.store(dB_ptr + place_n, dB, mask=mn)
-                tl.store(dC_ptr + place_n, dC, mask=mn)
+                spot = dB_ptr + ((sum_at + far) * groups + group) * states
+                dB += tl.load(spot + in_sums, mask=mn & (number > 0), other=0.0)
+                tl.store(spot + in_sums, dB, mask=mn)
 
-                # How y changes with the logarithm of a token's decay: what comes from before it and
-                # is read at it or later, from or in this chunk or others.
-                through = tl.sum(tl.sum(ahead * state, axis=1), axis=0) * whole
-                stayed = tl.sum(later * wide, axis=1) * delta
-                through += tl.cumsum(stayed) - stayed
-                through += tl.cumsum(across, reverse=True)
-                earlier = (i[None, :] < i[:, None]).to(tl.float32)
-                both = tl.dot(earlier, both, input_precision=PRECISE)
-                through += tl.sum(tl.where(i[:, None] <= i[None, :], both, 0.0), axis=1)
-                tl.store(
-                    through_ptr + block * rows * heads * length + tokens + t, through, mask=inside
-                )
-                tl.store(
-                    direct_ptr + block * rows * heads * length + tokens + t,
-                    tl.sum(into * wide, axis=1),
-                    mask=inside,
-                )
-                lifted = tl.trans(dy).to(tl.float32) * since[None, :]
+                lifted = tl.trans(dy).to(tl.float32) * tl.exp2(sums + rests)[None, :]
                 ahead = times_narrow(lifted, c, ahead * whole, 3, PRECISE)
             if HAS_D:
                 spot = ((place * heads + head) * blocks + block) * BP + tl.arange(0, BP)

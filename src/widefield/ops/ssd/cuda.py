@@ -156,13 +156,24 @@ class _Call:
         }  # fmt: skip
 
     def tiles(self, unit: int) -> dict[str, Any]:
-        x = self.x
+        """What the kernels on tiles of tokens and channels or states are compiled for."""
+        x, states = self.x, self.B.shape[3]
+        most = max(16, triton.next_power_of_2(states))
         return {
             # The interpreter has no products of bfloat16.
             "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
-            "BP": self.width_tile, "BN": max(16, triton.next_power_of_2(self.B.shape[3])),
-            "UNIT": unit, **self.common,
-        }  # fmt: skip
+            "BP": self.width_tile,
+            "BN": most,
+            "UNIT": unit,
+            "PRECISE": _EXACT if x.is_cuda else "ieee",
+            **self.common,
+        }
+
+    @property
+    def whole(self) -> bool:
+        """Whether no tile reaches past the channels or the states."""
+        states = self.B.shape[3]
+        return self.x.shape[3] % self.width_tile == 0 and states in (16, 32, 64, 128, 256)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -222,7 +233,8 @@ class _Call:
         kernels.segment_states[self.grid](
             x, B, *self.optional(self.inputs.valid, self.cut.table), *made, local, kept,
             *self.sizes, *strides, *self.valid_strides,
-            PRECISE="tf32x3", BACKWARD=backward, **self.tiles(unit), STAGES=2, num_warps=8,
+            BACKWARD=backward, WHOLE=self.whole, **self.tiles(unit),
+            STAGES=1 if x.dtype == torch.float32 else 2, num_warps=4,
         )  # fmt: skip
         return local, kept
 
@@ -241,9 +253,8 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
             x, B, C, *call.optional(call.D, call.inputs.valid, call.initial, call.cut.table),
             *made, local, kept, y, final, *call.sizes, *strides, *call.valid_strides,
             HAS_D=call.D is not None, HAS_INITIAL=call.initial is not None,
-            EXACT=x.dtype == torch.float32,
-            ROUGH="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
-            **call.tiles(unit), **SETTINGS["outputs"],
+            EXACT=x.dtype == torch.float32, WHOLE=call.whole,
+            **call.tiles(unit), STAGES=1 if x.dtype == torch.float32 else 2, num_warps=4,
         )  # fmt: skip
     return y, final
 
@@ -259,7 +270,7 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     tiles = call.tiles(1)
     BP, BN = tiles["BP"], tiles["BN"]
     items = batch * cut.slots * groups * parts * blocks
-    workers = min(items, _processors(x.device))
+    workers = min(items, 2 * _processors(x.device))
     steps = cut.segment // cut.chunk
     made = call.empty(3, batch, heads, length).unbind()
     dinitial = call.empty(cut.sequences, heads, width, states)
@@ -281,8 +292,8 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
             *made, before, behind, call.empty(workers, steps, BP, BN),
             dx, *left, *sums, dD,
             batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, PRECISE="tf32x3", STEPS=steps,
-            num_warps=8, **call.tiles(unit),
+            HAS_D=call.D is not None, STEPS=steps,
+            num_warps=4, num_stages=1, **call.tiles(unit),
         )  # fmt: skip
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
@@ -303,7 +314,7 @@ def _pass(
     kernels.pass_states[(triton.cdiv(size, block), heads, sequences)](
         local, kept, *call.optional(edge), last, *call.optional(call.cut.first),
         call.cut.slots, heads, size, HAS_EDGE=edge is not None,
-        VARLEN=call.cut.first is not None, BACKWARD=backward, BLOCK=block,
+        VARLEN=call.cut.first is not None, BACKWARD=backward, WHOLE=self.whole, BLOCK=block,
     )  # fmt: skip
 
 
@@ -362,4 +373,5 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
 
 _MOST_SEGMENTS = 64
 _BACKWARD_SEGMENT = 512
-SETTINGS = {"outputs": {"STAGES": 2, "num_warps": 4}}
+# Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
+_EXACT = "bf16x6"
