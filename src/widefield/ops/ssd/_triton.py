@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Differ from prompt to prompt: not worth a compilation.
+_VARIES = (
+    "length", "segment", "slots", "rows", "sxb", "sBb", "sCb", "syb", "sdb", "svb", "scale_row",
+    "floor_row", "decay_row",
+)  # fmt: skip
 # A token whose decay is below 2^-150 leaves nothing in float32, however much it is below.
 LEAST = tl.constexpr(-150.0)
 # Added and taken away again, it rounds a float32 to a multiple of 2^-9: 128 such parts of at most
 # 150 add up without an error.
 _COARSE = tl.constexpr(1.5 * 2.0**14)
+
+
+def _kernel(function: Any) -> Any:
+    """Compiled once for a model, whatever the length and the batch."""
+    varies = [name for name in inspect.signature(function).parameters if name in _VARIES]
+    return triton.jit(function, do_not_specialize=varies)
 
 
 @triton.jit
@@ -123,7 +137,7 @@ def _bounds(table_ptr, row, slot, slots, length, segment, VARLEN: tl.constexpr):
     return sequence, begin, (end - begin).to(tl.int32), number, last, place
 
 
-@triton.jit
+@_kernel
 def deltas(
     delta_ptr, A_ptr, bias_ptr, scale_ptr, floor_ptr, decay_ptr, valid_ptr, table_ptr,
     effective_ptr, sums_ptr, rests_ptr, ddelta_ptr, dA_ptr, dbias_ptr,
@@ -216,7 +230,7 @@ def _tile(pointer, far, stride, local, across, size, WHOLE: tl.constexpr):
     return tl.load(at) if WHOLE else tl.load(at, mask=(across < size)[None, :], other=0.0)
 
 
-@triton.jit
+@_kernel
 def segment_states(
     x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr,
     length, segment, slots, heads, width, states, share,
@@ -315,7 +329,7 @@ def segment_states(
     tl.store(kept_ptr + place * heads + head, tl.exp2(behind))
 
 
-@triton.jit
+@_kernel
 def outputs(
     x_ptr, B_ptr, C_ptr, D_ptr, valid_ptr, initial_ptr, table_ptr,
     effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr, y_ptr, final_ptr,
@@ -418,7 +432,7 @@ def outputs(
         state = tl.dot(written.to(b.dtype), b, state, input_precision=PRECISE)
 
 
-@triton.jit
+@_kernel
 def pass_states(
     local_ptr, kept_ptr, edge_ptr, last_ptr, first_ptr, slots, heads, size,
     HAS_EDGE: tl.constexpr, VARLEN: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
@@ -445,7 +459,7 @@ def pass_states(
     tl.store(last_ptr + edge, state, mask=e < size)
 
 
-@triton.jit
+@_kernel
 def gradients(
     x_ptr, B_ptr, C_ptr, dy_ptr, D_ptr, valid_ptr, table_ptr,
     effective_ptr, sums_ptr, rests_ptr, states_ptr, ahead_ptr, scratch_ptr,

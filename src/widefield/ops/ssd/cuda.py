@@ -244,7 +244,7 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
     batch, length, heads, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = call.empty(call.cut.sequences, heads, width, B.shape[3])
-    made = call.empty(3, batch, heads, length).unbind()
+    made = [call.empty(batch, heads, length) for _ in range(3)]
     with torch.cuda.device_of(x):
         call.run_deltas(made)
         local, kept = call.segment_states(x, B, made, backward=False)
@@ -272,7 +272,7 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     items = batch * cut.slots * groups * parts * blocks
     workers = min(items, 2 * _processors(x.device))
     steps = cut.segment // cut.chunk
-    made = call.empty(3, batch, heads, length).unbind()
+    made = [call.empty(batch, heads, length) for _ in range(3)]
     dinitial = call.empty(cut.sequences, heads, width, states)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
@@ -365,10 +365,14 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    return _SSD.apply(
+    plan = plan or LayerPlan()
+    leaves = (
         inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.delta_bias,
-        inputs.initial_state, inputs, plan or LayerPlan(),
+        inputs.initial_state,
     )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return _SSD.apply(*leaves, inputs, plan)
+    return _forward(_Call.of(inputs, plan))
 
 
 _MOST_SEGMENTS = 64
