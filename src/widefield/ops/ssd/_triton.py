@@ -16,9 +16,6 @@ _VARIES = (
 )  # fmt: skip
 # A token whose decay is below 2^-150 leaves nothing in float32, however much it is below.
 LEAST = tl.constexpr(-150.0)
-# Added and taken away again, it rounds a float32 to a multiple of 2^-9: 128 such parts of at most
-# 150 add up without an error.
-_COARSE = tl.constexpr(1.5 * 2.0**14)
 
 
 def _kernel(function: Any) -> Any:
@@ -54,15 +51,6 @@ def softplus(v):
     p = tl.fma(q, p, 1.0 / 3.0)
     v = tl.where(v > 20.0, v, tl.maximum(v, 0.0) + 2.0 * tl.fma(s * q, p, s)) + v * 0.0
     return tl.where(tiny, 0.0, v)
-
-
-@triton.jit
-def log_decay(delta, rate):
-    """The binary logarithm of each token's decay, in a coarse part and the rest."""
-    log = delta * rate
-    log = tl.where(log < LEAST, LEAST, log)
-    coarse = (log + _COARSE) - _COARSE
-    return coarse, log - coarse
 
 
 @triton.jit
@@ -215,12 +203,13 @@ def deltas(
         tl.store(dA_ptr + part, tl.sum(through * delta, axis=0) * decay, mask=there)
         tl.store(dbias_ptr + part, tl.sum(ddelta, axis=0), mask=there)
     else:
-        coarse, fine = log_decay(delta, (rate * LOG2E)[None, :])
-        coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-        sums = coarse + fine
+        # In float64: a rounding of a sum would come back as one of each decay since its start.
+        logs = delta.to(tl.float64) * (rate.to(tl.float64) * LOG2E)[None, :]
+        logs = tl.cumsum(tl.where(logs < LEAST, LEAST, logs), axis=0)
+        sums = logs.to(tl.float32)
         tl.store(effective_ptr + out, delta, mask=inside)
         tl.store(sums_ptr + out, sums, mask=inside)
-        tl.store(rests_ptr + out, (coarse - sums) + fine, mask=inside)
+        tl.store(rests_ptr + out, (logs - sums.to(tl.float64)).to(tl.float32), mask=inside)
 
 
 @triton.jit

@@ -314,7 +314,7 @@ def _pass(
     kernels.pass_states[(triton.cdiv(size, block), heads, sequences)](
         local, kept, *call.optional(edge), last, *call.optional(call.cut.first),
         call.cut.slots, heads, size, HAS_EDGE=edge is not None,
-        VARLEN=call.cut.first is not None, BACKWARD=backward, WHOLE=self.whole, BLOCK=block,
+        VARLEN=call.cut.first is not None, BACKWARD=backward, BLOCK=block,
     )  # fmt: skip
 
 
