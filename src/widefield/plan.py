@@ -90,6 +90,9 @@ class SSDInputs:
         initial_state: float32 state before the first token, or None for zeros.
         valid: False marks padding: the state passes through it unchanged and y is 0. None = all
             valid.
+        cu_seqlens: (S + 1,) int32 or int64, where a batch of one holds S sequences side by side:
+            sequence i is the tokens cu_seqlens[i] to cu_seqlens[i + 1]. Each has its own state: S
+            is then the first dimension of states and of a plan's fields per row. Without `valid`.
     """
 
     x: Float[Tensor, "batch length heads width"]
@@ -101,8 +104,9 @@ class SSDInputs:
     delta_bias: Float[Tensor, " heads"] | None = None
     delta_softplus: bool = True
     delta_limit: tuple[float, float] = (0.0, math.inf)
-    initial_state: Float[Tensor, "batch heads width state"] | None = None
+    initial_state: Float[Tensor, "sequences heads width state"] | None = None
     valid: Bool[Tensor, "batch length"] | None = None
+    cu_seqlens: Tensor | None = None
 
     def replace(self, **changes: object) -> SSDInputs:
         """A copy with the given fields exchanged."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._delta import effective_delta, per_row
+from widefield.ops.ssd._sequences import by_sequence
 from widefield.plan import LayerPlan, SSDInputs
 
 CHUNK = 64  # tokens
@@ -26,7 +27,7 @@ def ssd(
     inputs: SSDInputs, plan: LayerPlan | None = None
 ) -> tuple[
     Float[Tensor, "batch length heads width"],
-    Float[Tensor, "batch heads width state"],
+    Float[Tensor, "sequences heads width state"],
 ]:
     """The scan of Mamba-2 with the signature and the semantics of the reference.
 
@@ -37,6 +38,8 @@ def ssd(
     Returns:
         y in the dtype of x, and the final state in float32 (float64 if Δ is).
     """
+    if inputs.cu_seqlens is not None:
+        return by_sequence(ssd, inputs, plan)
     with torch.autocast(inputs.x.device.type, enabled=False):
         delta = effective_delta(inputs, plan)
         dtype = delta.dtype

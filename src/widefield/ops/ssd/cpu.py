@@ -43,6 +43,7 @@ from widefield.ops._numba import (
     store_some,
     where,
 )
+from widefield.ops.ssd._sequences import by_sequence
 from widefield.plan import LayerPlan, SSDInputs
 
 CHUNK = 64  # tokens
@@ -364,7 +365,7 @@ def ssd(
     inputs: SSDInputs, plan: LayerPlan | None = None
 ) -> tuple[
     Float[Tensor, "batch length heads width"],
-    Float[Tensor, "batch heads width state"],
+    Float[Tensor, "sequences heads width state"],
 ]:
     """The scan of Mamba-2 with the signature and the semantics of the reference.
 
@@ -375,6 +376,8 @@ def ssd(
     Returns:
         y in the dtype of x, and the final state in float32.
     """
+    if inputs.cu_seqlens is not None:
+        return by_sequence(ssd, inputs, plan)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         run = _Run.prepare(inputs, plan or LayerPlan())
         for start in range(0, inputs.x.shape[1], SEGMENT):

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._delta import effective_delta
+from widefield.ops.ssd._sequences import by_sequence
 from widefield.plan import LayerPlan, SSDInputs
 
 
@@ -14,7 +15,7 @@ def ssd(
     inputs: SSDInputs, plan: LayerPlan | None = None
 ) -> tuple[
     Float[Tensor, "batch length heads width"],
-    Float[Tensor, "batch heads width state"],
+    Float[Tensor, "sequences heads width state"],
 ]:
     """The recurrence of `SSDInputs`, one token after the other.
 
@@ -25,6 +26,8 @@ def ssd(
     Returns:
         y in the dtype of x, and the final state in float32 (float64 if x is).
     """
+    if inputs.cu_seqlens is not None:
+        return by_sequence(ssd, inputs, plan)
     delta = effective_delta(inputs, plan)
     dtype = delta.dtype
     x = inputs.x.to(dtype)

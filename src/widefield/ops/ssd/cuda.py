@@ -1,0 +1,381 @@
+"""The scan of Mamba-2 on a GPU, in Triton.
+
+A sequence is cut into segments, so many that every multiprocessor has some; one program walks a
+segment of one head in chunks and keeps the float32 state in registers. So the state in front of
+every segment has to be known beforehand: a first kernel finds what each segment adds to the state,
+the second adds that up in front of its own. Neither chunk states nor the products of C and B ever
+go through memory.
+
+What is rounded to the inputs' dtype: in y, each factor once, as y itself is; in states, nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from widefield.ops.ssd import _triton as kernels
+from widefield.plan import LayerPlan, SSDInputs
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How sequences are cut into segments.
+
+    Attributes:
+        chunk: tokens of a chunk.
+        segment: tokens of a segment, a multiple of that.
+        slots: segments of a row; where sequences lie side by side, at least as many as there are.
+        sequences: the first dimension of states.
+        table: (slots + 1, 4) sequence, begin, end and number within the sequence of each segment,
+            sequence -1 where there is none; None where rows are sequences.
+        first: (sequences + 1) the first segment of each sequence, where there is a table.
+    """
+
+    chunk: int
+    segment: int
+    slots: int
+    sequences: int
+    table: Tensor | None
+    first: Tensor | None
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: so that short sequences have several segments, too
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _cut(inputs: SSDInputs, segment: int | None = None) -> _Cut:
+    """Segments of a given size, or for about two programs a multiprocessor."""
+    batch, length, heads, width = inputs.x.shape
+    large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
+    chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
+    if segment is None:
+        programs = batch * heads * triton.cdiv(width, 64)
+        wanted = 2 * _processors(inputs.x.device) // programs
+        slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
+        segment = max(chunk, chunk * -(-length // (chunk * slots)))
+    if inputs.cu_seqlens is None:
+        return _Cut(chunk, segment, max(1, -(-length // segment)), batch, None, None)
+    sequences = inputs.cu_seqlens.shape[0] - 1
+    slots = length // segment + sequences
+    tables = _table(inputs.cu_seqlens.long(), segment, slots)
+    return _Cut(chunk, segment, slots, sequences, *tables)
+
+
+def _table(starts: Tensor, segment: int, slots: int) -> tuple[Tensor, Tensor]:
+    """The tables of `_Cut`, made without waiting for the device; each sequence has a segment."""
+    lengths = starts.diff()
+    counts = ((lengths + segment - 1) // segment).clamp_min(1)
+    ends = counts.cumsum(0)
+    slot = torch.arange(slots + 1, device=starts.device)
+    sequence = torch.searchsorted(ends, slot, right=True)
+    used = sequence < len(lengths)
+    sequence = sequence.clamp_max(len(lengths) - 1)
+    number = slot - (ends - counts)[sequence]
+    begin = torch.minimum(starts[sequence] + number * segment, starts[sequence + 1])
+    end = torch.minimum(begin + segment, starts[sequence + 1])
+    table = torch.stack([torch.where(used, sequence, -1), begin, end, number], dim=1)
+    return table.contiguous(), F.pad(ends, (1, 0))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The kernels walk the last dimension with stride 1; anything else is copied once."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _in_units(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Strides but the last of all, in units of so many elements.
+
+    Triton knows of a stride only whether 16 divides it, and 8 elements are read at once.
+    """
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    aligned = all(s % 8 == 0 for s in strides) and all(t.data_ptr() % 16 == 0 for t in tensors)
+    unit = 8 if aligned else 1
+    return unit, [stride // unit for stride in strides]
+
+
+def _per_row(values: Tensor | None) -> tuple[Tensor | None, int]:
+    """Plan values (H,) or (B, H) as float32, and the stride from row to row."""
+    if values is None:
+        return None, 0
+    values = values.float().contiguous()
+    return values, 0 if values.ndim == 1 else values.shape[1]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One scan: its tensors as the kernels read them, how it is cut, and the kernels' settings."""
+
+    x: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+    inputs: SSDInputs
+    plan: LayerPlan
+    cut: _Cut
+
+    @staticmethod
+    def of(inputs: SSDInputs, plan: LayerPlan, segment: int | None = None) -> _Call:
+        x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
+        D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
+        initial = inputs.initial_state
+        initial = None if initial is None else initial.float().contiguous()
+        A = inputs.A.float().contiguous()
+        cut = _cut(inputs, segment)
+        return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
+
+    @property
+    def width_tile(self) -> int:
+        return min(64, max(16, triton.next_power_of_2(self.x.shape[3])))
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share the channels of a head."""
+        return triton.cdiv(self.x.shape[3], self.width_tile)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "VARLEN": self.cut.table is not None, "VALID": self.inputs.valid is not None,
+            "Q": self.cut.chunk,
+        }  # fmt: skip
+
+    def tiles(self, unit: int) -> dict[str, Any]:
+        """What the kernels on tiles of tokens and channels or states are compiled for."""
+        x, states = self.x, self.B.shape[3]
+        most = max(16, triton.next_power_of_2(states))
+        return {
+            # The interpreter has no products of bfloat16.
+            "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
+            "BP": self.width_tile,
+            "BN": most,
+            "UNIT": unit,
+            "PRECISE": _EXACT if x.is_cuda else "ieee",
+            **self.common,
+        }
+
+    @property
+    def whole(self) -> bool:
+        """Whether no tile reaches past the channels or the states."""
+        states = self.B.shape[3]
+        return self.x.shape[3] % self.width_tile == 0 and states in (16, 32, 64, 128, 256)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        _, length, heads, width = self.x.shape
+        groups, states = self.B.shape[2:]
+        return (length, self.cut.segment, self.cut.slots, heads, width, states, heads // groups)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return (self.x.shape[2] * self.blocks, self.cut.slots, self.x.shape[0])
+
+    def optional(self, *tensors: Tensor | None) -> list[Tensor]:
+        """Absent inputs are passed as x: their flag keeps the kernels from reading them."""
+        return [self.x if tensor is None else tensor for tensor in tensors]
+
+    @property
+    def valid_strides(self) -> tuple[int, ...]:
+        return (0, 0) if self.inputs.valid is None else self.inputs.valid.stride()
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def run_deltas(self, made: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
+        """Fill Δ and sums; or, from what is left of them, the gradients of raw Δ, A and bias."""
+        batch, length, heads, _ = self.x.shape
+        inputs, plan = self.inputs, self.plan
+        floor, floor_row = _per_row(plan.delta_floor)
+        scale, scale_row = _per_row(plan.delta_scale)
+        decay, decay_row = _per_row(plan.decay_scale)
+        few = min(16, triton.next_power_of_2(heads))
+        grid = (self.chunks, triton.cdiv(heads, few), batch)
+        kernels.deltas[grid](
+            self.delta, self.A,
+            *self.optional(self.bias, scale, floor, decay, inputs.valid, self.cut.table),
+            *made, *(gradients or made),
+            length, self.cut.segment, self.cut.slots, heads, self.blocks,
+            *self.delta.stride(), *self.valid_strides, scale_row, floor_row, decay_row,
+            *inputs.delta_limit, HAS_BIAS=self.bias is not None, SOFTPLUS=inputs.delta_softplus,
+            LIMIT=inputs.delta_limit != (0.0, math.inf), SCALE=scale is not None,
+            FLOOR=floor is not None, DECAY=decay is not None, BACKWARD=gradients is not None,
+            HEADS=few, **self.common,
+        )  # fmt: skip
+
+    @property
+    def chunks(self) -> int:
+        """Of a row; at least as many as there are tokens for."""
+        return self.cut.slots * (self.cut.segment // self.cut.chunk)
+
+    def segment_states(
+        self, x: Tensor, B: Tensor, made: Sequence[Tensor], backward: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What each segment adds to the state, and the decay over it."""
+        batch, _, heads, width = x.shape
+        local = self.empty(batch, self.cut.slots, heads, width, B.shape[3])
+        kept = self.empty(batch, self.cut.slots, heads)
+        unit, strides = _in_units(x, B)
+        kernels.segment_states[self.grid](
+            x, B, *self.optional(self.inputs.valid, self.cut.table), *made, local, kept,
+            *self.sizes, *strides, *self.valid_strides,
+            BACKWARD=backward, WHOLE=self.whole, **self.tiles(unit),
+            STAGES=1 if x.dtype == torch.float32 else 2, num_warps=4,
+        )  # fmt: skip
+        return local, kept
+
+
+def _forward(call: _Call) -> tuple[Tensor, Tensor]:
+    x, B, C = call.x, call.B, call.C
+    batch, length, heads, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = call.empty(call.cut.sequences, heads, width, B.shape[3])
+    made = [call.empty(batch, heads, length) for _ in range(3)]
+    with torch.cuda.device_of(x):
+        call.run_deltas(made)
+        local, kept = call.segment_states(x, B, made, backward=False)
+        unit, strides = _in_units(x, B, C)
+        kernels.outputs[call.grid](
+            x, B, C, *call.optional(call.D, call.inputs.valid, call.initial, call.cut.table),
+            *made, local, kept, y, final, *call.sizes, *strides, *call.valid_strides,
+            HAS_D=call.D is not None, HAS_INITIAL=call.initial is not None,
+            EXACT=x.dtype == torch.float32, WHOLE=call.whole,
+            **call.tiles(unit), STAGES=1 if x.dtype == torch.float32 else 2, num_warps=4,
+        )  # fmt: skip
+    return y, final
+
+
+def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
+    x, B, C, cut = call.x, call.B, call.C, call.cut
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    blocks, share = call.blocks, heads // groups
+    several = max(n for n in range(1, 9) if share % n == 0)
+    parts = share // several
+    dy = dy.contiguous()
+    tiles = call.tiles(1)
+    BP, BN = tiles["BP"], tiles["BN"]
+    items = batch * cut.slots * groups * parts * blocks
+    workers = min(items, 2 * _processors(x.device))
+    steps = cut.segment // cut.chunk
+    made = [call.empty(batch, heads, length) for _ in range(3)]
+    dinitial = call.empty(cut.sequences, heads, width, states)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
+    left = call.empty(2, blocks, batch, heads, length).unbind()
+    sums = call.empty(2, parts * blocks, batch, length, groups, states).unbind()
+    dD = call.empty(batch, cut.slots, heads, blocks * BP).zero_()
+    by_chunk = call.empty(2, batch, call.chunks, heads).zero_().unbind()
+    with torch.cuda.device_of(x):
+        call.run_deltas(made)
+        before, kept = call.segment_states(x, B, made, backward=False)
+        behind, _ = call.segment_states(dy, C, made, backward=True)
+        _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
+        _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
+        unit, strides = _in_units(x, B, C, dy)
+        kernels.gradients[(workers,)](
+            x, B, C, dy, *call.optional(call.D, call.inputs.valid, cut.table),
+            *made, before, behind, call.empty(workers, steps, BP, BN),
+            dx, *left, *sums, dD,
+            batch, *call.sizes, several, *strides, *call.valid_strides,
+            HAS_D=call.D is not None, STEPS=steps,
+            num_warps=4, num_stages=1, **call.tiles(unit),
+        )  # fmt: skip
+        call.run_deltas((made[0], *left), (ddelta, *by_chunk))
+    dA, dbias = (t.sum((0, 1)) for t in by_chunk)
+    dB, dC = (t.sum(0).to(B.dtype) for t in sums)
+    dD = dD[..., : blocks * BP].sum((0, 1)).sum(-1)
+    return {
+        "x": dx, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "bias": dbias,
+        "initial": dinitial,
+    }  # fmt: skip
+
+
+def _pass(
+    call: _Call, local: Tensor, kept: Tensor, edge: Tensor | None, last: Tensor, backward: bool
+) -> None:
+    """Make of what each segment adds the state in front of it, or the gradient behind it."""
+    sequences, heads, width, states = last.shape
+    size, block = width * states, 512
+    kernels.pass_states[(triton.cdiv(size, block), heads, sequences)](
+        local, kept, *call.optional(edge), last, *call.optional(call.cut.first),
+        call.cut.slots, heads, size, HAS_EDGE=edge is not None,
+        VARLEN=call.cut.first is not None, BACKWARD=backward, BLOCK=block,
+    )  # fmt: skip
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+        D: Tensor | None, bias: Tensor | None, initial: Tensor | None,
+        inputs: SSDInputs, plan: LayerPlan,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        tensors = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D}
+        inputs = inputs.replace(**tensors, delta_bias=bias, initial_state=initial)
+        if any(ctx.needs_input_grad):
+            saved = (x, delta, A, B, C, D, bias, initial, inputs.valid, inputs.cu_seqlens)
+            ctx.save_for_backward(*saved)
+            ctx.plan = plan
+            ctx.options = (inputs.delta_softplus, inputs.delta_limit)
+        return _forward(_Call.of(inputs, plan))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, delta, A, B, C, D, bias, initial, valid, cu_seqlens = ctx.saved_tensors
+        softplus, limit = ctx.options
+        inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
+        found = _backward(_Call.of(inputs, ctx.plan, _BACKWARD_SEGMENT), dy, dfinal)
+        wanted = {
+            "x": x,
+            "delta": delta,
+            "A": A,
+            "B": B,
+            "C": C,
+            "D": D,
+            "bias": bias,
+            "initial": initial,
+        }
+        gradients = (None if t is None else found[n].to(t.dtype) for n, t in wanted.items())
+        return (*gradients, None, None)
+
+
+def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
+    """The scan of Mamba-2 with the signature and the semantics of the reference, differentiable.
+
+    Args:
+        inputs: what the scan reads, in float32, bfloat16 or float16.
+        plan: what a method asks of this layer, or None.
+
+    Returns:
+        y in the dtype of x, and the final state in float32.
+    """
+    plan = plan or LayerPlan()
+    leaves = (
+        inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.delta_bias,
+        inputs.initial_state,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return _SSD.apply(*leaves, inputs, plan)
+    return _forward(_Call.of(inputs, plan))
+
+
+_MOST_SEGMENTS = 64
+_BACKWARD_SEGMENT = 512
+# Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
+_EXACT = "bf16x6"
