@@ -207,23 +207,25 @@ class ModelBench:
         if ModelBench.held is not None:
             ModelBench.held._sides = []
         release(self.asked.device)
-        ModelBench.held = self
         model = _models.build(self.name, self.dtype, self.asked.device, self.asked.seed)
         self._sides = _models.sides(self.name, model, self.asked.backends, self.asked.seed)
+        self._verdicts = self._judge(model)
+        release(self.asked.device)
+        ModelBench.held = self
+
+    def _judge(self, model: Any) -> dict[str, _ops.Verdict | str | None]:
+        """A verdict a side; None where another side is judged for it, or nobody else runs this."""
+        found: dict[str, _ops.Verdict | str | None] = {side.name: None for side in self._sides}
         if self.name in _models.METHODS:
-            self._verdicts = dict.fromkeys((side.name for side in self._sides), None)
-            return
+            return found
         judge = _models.Judge(self.name, model, self.asked.device, self.asked.seed)
         for side in self._sides:
-            if side.prefill is None:
-                self._verdicts[side.name] = None
-                continue
-            try:
-                self._verdicts[side.name] = judge.verdict(side)
-            except Exception as error:
-                self._verdicts[side.name] = reason(error)
-        del judge
-        release(self.asked.device)
+            if side.prefill is not None:
+                try:
+                    found[side.name] = judge.verdict(side)
+                except Exception as error:
+                    found[side.name] = reason(error)
+        return found
 
     def _compare(self, task: str, tokens: int) -> list[Row]:
         self._open()
