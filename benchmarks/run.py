@@ -6,7 +6,8 @@
 
 All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
 of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
-compared with the reference in float64, a model's logits with stock transformers in float64, and may
+compared with the reference in float64 (1,000 tokens, and the first and last 1,000 of those that
+are timed), a model's logits with stock transformers in float64, and may
 be at most twice as far off as the reference in the inputs' own dtype. Others are timed in any case;
 their rows say how far they are off. A side that fails or runs out of memory is a row that says so.
 
@@ -121,10 +122,20 @@ class OpBench:
             if contestant.failed is None:
                 sets = sets or _ops.input_sets(self.op, tokens, self.asked.device, self.asked.seed)
                 contestant.call = self._call(side, sets)
+                if side.ours and tokens > _ops.CHECKED and not self.op.backward:
+                    contestant.failed = self._why_wrong(side, sets[0][0])
         compare(contestants, self.asked.device, self.asked.seconds)
         for row, contestant in zip(rows, contestants, strict=True):
             _finish(row, contestant, 1e-3, "ms")
         return rows
+
+    def _why_wrong(self, side: _ops.Side, tensors: _ops.Tensors) -> str | None:
+        """What is wrong at a length that is timed, or None."""
+        try:
+            verdict = _ops.ends(self.op, side, tensors)
+        except Exception as error:
+            return reason(error)
+        return None if verdict.right else f"at this length, {verdict.told()}"
 
     def _row(self, side: _ops.Side, tokens: int, verdict: _ops.Verdict | str) -> Row:
         op = self.op
