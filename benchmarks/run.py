@@ -6,10 +6,10 @@
 
 All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
 of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
-compared with the reference in float64 (1,000 tokens, and the first and last 1,000 of those that
-are timed), a model's logits with stock transformers in float64, and may
-be at most twice as far off as the reference in the inputs' own dtype. Others are timed in any case;
-their rows say how far they are off. A side that fails or runs out of memory is a row that says so.
+compared with the reference in float64 (1,000 tokens, and the first and last 1,000 of those that are
+timed), a model's logits with stock transformers in float64, and may be at most twice as far off as
+the reference in the inputs' own dtype. Others are timed in any case; their rows say how far they
+are off. A side that fails or runs out of memory is a row that says so.
 
 Rows are kept after every comparison. After Ctrl-C, `--resume` goes on and skips what is there.
 """
@@ -38,6 +38,7 @@ from widefield.evaluation.grid import length_label, parse_lengths
 
 PREFILLS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 SAME = ("device", "driver", "versions", "seed")
+TASKS = ("prefill", "decode")
 INTERRUPTED = 130
 
 Row = dict[str, Any]
@@ -69,6 +70,7 @@ class Settings:
         backends: of our side; "default" is what the op chooses.
         lengths: for everything that has a length, or None for each one's own.
         stock_up_to: the longest prompt that plain transformers gets.
+        tasks: of whole models: "prefill", "decode".
     """
 
     device: torch.device
@@ -77,6 +79,7 @@ class Settings:
     backends: list[str]
     lengths: tuple[int, ...] | None
     stock_up_to: int
+    tasks: list[str]
 
 
 def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
@@ -188,9 +191,9 @@ def model_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
     lengths = PREFILLS if asked.lengths is None else asked.lengths
     for name in names:
         bench = ModelBench(name, dtype, asked)
-        for tokens in lengths:
+        for tokens in lengths if "prefill" in asked.tasks else ():
             yield Job(f"{name} prefill", tokens, bench.prefill(tokens))
-        if name not in _models.METHODS:
+        if "decode" in asked.tasks and name not in _models.METHODS:
             yield Job(f"{name} decode", _models.NEW_TOKENS, bench.decode())
 
 
@@ -353,6 +356,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", default="all", help=f"all, none, or of {', '.join(known)}")
     models = ", ".join(_models.NAMES)
     parser.add_argument("--models", default="all", help=f"all, none, or of {models}")
+    parser.add_argument("--tasks", default="all", help=f"of models: all, or {', '.join(TASKS)}")
     parser.add_argument("--lengths", help="tokens, e.g. 8k,64k; by default each one's own")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     parser.add_argument("--resume", action="store_true", help="skip the rows that --out has")
@@ -370,6 +374,7 @@ def main() -> int:
         device=torch.device(args.device), seed=args.seed, seconds=args.seconds,
         backends=args.backends.split(","), stock_up_to=args.stock_up_to,
         lengths=tuple(parse_lengths(args.lengths)) if args.lengths else None,
+        tasks=chosen(args.tasks, TASKS, "task"),
     )  # fmt: skip
     known = [op.name for op in _ops.all_ops(["default"])]
     jobs = [
