@@ -98,7 +98,7 @@ def plain_torch() -> Iterator[None]:
         (module, name, function)
         for module in (modeling_mamba, modeling_mamba2)
         for name, function in vars(module).items()
-        if name.startswith(("mamba_", "causal_conv1d", "selective_")) and callable(function)
+        if name.startswith(("mamba", "causal_conv1d")) and hasattr(function, "__wrapped__")
     ]
     for module, name, function in changed:
         setattr(module, name, inspect.unwrap(function))

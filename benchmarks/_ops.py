@@ -22,7 +22,7 @@ from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], tuple[Tensor, ...]]
 
-CHECKED, CHECKED_BACKWARD = 1000, 320  # tokens; autograd keeps a state a token
+CHECKED, CHECKED_BACKWARD, CHECKED_WIDE = 1000, 320, 40  # tokens
 CACHE = 128 << 20  # bytes of inputs in turn, more than a GPU's cache holds
 ROOM = 3e-7  # what two roundings of float32 may differ by, where the reference is exact
 
@@ -430,15 +430,29 @@ class Judge:
     """Holds an op's sides against the reference in float64, on inputs that are drawn once.
 
     Args:
-        op: checked at `CHECKED` tokens and a batch of at most two, with gradients less.
+        op: checked at its own batch, since which kernel runs depends on it; with gradients, of
+            which autograd keeps a state a token, once so and short, and once long in a row alone.
         device: where.
         seed: of the inputs.
     """
 
     def __init__(self, op: Op, device: torch.device, seed: int) -> None:
+        longest = max(op.lengths)
+        shapes = [(op.batch, min(CHECKED, longest))]
+        if op.backward:
+            shapes = [(op.batch, min(CHECKED_WIDE, longest)), (1, min(CHECKED_BACKWARD, longest))]
+        self.rounds = [_Round(op, *shape, device, seed) for shape in shapes]
+
+    def verdict(self, side: Side) -> Verdict:
+        """The output that is worst off."""
+        return _worst([verdict for a_round in self.rounds for verdict in a_round.verdicts(side)])
+
+
+class _Round:
+    """One shape of a `Judge`."""
+
+    def __init__(self, op: Op, batch: int, tokens: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
-        tokens = min(CHECKED_BACKWARD if op.backward else CHECKED, max(op.lengths))
-        batch = 1 if op.backward else min(2, op.batch)
         self.op = op
         self.tensors = op.inputs(batch, tokens, op.dtype, generator)
         self.dy = weights_of(op, self.tensors, generator)
@@ -452,16 +466,51 @@ class Judge:
         outputs = runner(self.op, side)(own)
         return {k: t.detach() for k, t in named(self.op, side, own, outputs).items()}
 
-    def verdict(self, side: Side) -> Verdict:
-        """The output that is worst off."""
-        found = self._run(side, self.tensors, self.dy)
-        judged = []
-        for name, truth in self.truth.items():
-            allowed = 2 * error(self.same[name], truth) + ROOM
-            judged.append(Verdict(name, error(found[name], truth), allowed))
-        return max(
-            judged, key=lambda v: v.error / v.allowed if v.error == v.error else float("inf")
-        )
+    def verdicts(self, side: Side) -> list[Verdict]:
+        """One an output."""
+        return _verdicts(self._run(side, self.tensors, self.dy), self.same, self.truth)
+
+
+def _verdicts(found: Tensors, same: Tensors, truth: Tensors) -> list[Verdict]:
+    return [
+        Verdict(name, error(value, truth[name]), 2 * error(same[name], truth[name]) + ROOM)
+        for name, value in found.items()
+    ]
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    return max(verdicts, key=lambda verdict: verdict.excess)
+
+
+@torch.no_grad()
+def ends(op: Op, side: Side, tensors: Tensors) -> Verdict:
+    """How exact a side of ours is where it is timed: the first and the last of many tokens.
+
+    The last tokens are compared with a reference that starts from the state which the side itself
+    reaches before them: that the state is right is what the same kernel's verdict at fewer tokens
+    says.
+    """
+    tokens = tensors["x"].shape[1]
+
+    def part(which: slice) -> Tensors:
+        return {
+            k: t[:, which] if t.ndim > 2 and t.shape[1] == tokens else t for k, t in tensors.items()
+        }
+
+    y, *state = side.run(tensors)
+    head = part(slice(0, CHECKED))
+    found = _held(op, head, {"y": y[:, :CHECKED]})
+    if state:
+        before = side.run(part(slice(0, tokens - CHECKED)))[1]
+        tail = part(slice(tokens - CHECKED, tokens)) | {"initial_state": before}
+        found += _held(op, tail, {"y": y[:, -CHECKED:], "state": state[0]})
+    return _worst(found)
+
+
+def _held(op: Op, tensors: Tensors, outputs: Tensors) -> list[Verdict]:
+    truth = dict(zip(op.outputs, op.reference(_double(tensors)), strict=True))
+    same = dict(zip(op.outputs, op.reference(tensors), strict=True))
+    return _verdicts(outputs, same, truth)
 
 
 def input_sets(op: Op, tokens: int, device: torch.device, seed: int) -> list[tuple[Tensors, Any]]:

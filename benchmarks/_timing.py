@@ -15,6 +15,7 @@ from benchmarks._common import peak_bytes, quantiles
 
 MOST_RUNS = 20
 LEAST_RUNS = 3
+MOST_TEXT = 400
 
 
 @dataclass
@@ -133,7 +134,9 @@ def reason(error: BaseException) -> str:
     Raises:
         BrokenDevice: if the process cannot go on.
     """
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    if len(text) > MOST_TEXT:  # of a compiler, what it was asked and what it said last
+        text = f"{text[: MOST_TEXT // 2]} … {text[-MOST_TEXT // 2 :]}"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in text:

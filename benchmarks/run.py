@@ -6,9 +6,10 @@
 
 All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
 of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
-compared with the reference in float64, a model's logits with stock transformers in float64, and may
-be at most twice as far off as the reference in the inputs' own dtype. Others are timed in any case;
-their rows say how far they are off. A side that fails or runs out of memory is a row that says so.
+compared with the reference in float64 (1,000 tokens, and the first and last 1,000 of those that are
+timed), a model's logits with stock transformers in float64, and may be at most twice as far off as
+the reference in the inputs' own dtype. Others are timed in any case; their rows say how far they
+are off. A side that fails or runs out of memory is a row that says so.
 
 Rows are kept after every comparison. After Ctrl-C, `--resume` goes on and skips what is there.
 """
@@ -37,6 +38,7 @@ from widefield.evaluation.grid import length_label, parse_lengths
 
 PREFILLS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 SAME = ("device", "driver", "versions", "seed")
+TASKS = ("prefill", "decode")
 INTERRUPTED = 130
 
 Row = dict[str, Any]
@@ -68,6 +70,7 @@ class Settings:
         backends: of our side; "default" is what the op chooses.
         lengths: for everything that has a length, or None for each one's own.
         stock_up_to: the longest prompt that plain transformers gets.
+        tasks: of whole models: "prefill", "decode".
     """
 
     device: torch.device
@@ -76,6 +79,7 @@ class Settings:
     backends: list[str]
     lengths: tuple[int, ...] | None
     stock_up_to: int
+    tasks: list[str]
 
 
 def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
@@ -121,10 +125,20 @@ class OpBench:
             if contestant.failed is None:
                 sets = sets or _ops.input_sets(self.op, tokens, self.asked.device, self.asked.seed)
                 contestant.call = self._call(side, sets)
+                if side.ours and tokens > _ops.CHECKED and not self.op.backward:
+                    contestant.failed = self._why_wrong(side, sets[0][0])
         compare(contestants, self.asked.device, self.asked.seconds)
         for row, contestant in zip(rows, contestants, strict=True):
             _finish(row, contestant, 1e-3, "ms")
         return rows
+
+    def _why_wrong(self, side: _ops.Side, tensors: _ops.Tensors) -> str | None:
+        """What is wrong at a length that is timed, or None."""
+        try:
+            verdict = _ops.ends(self.op, side, tensors)
+        except Exception as error:
+            return reason(error)
+        return None if verdict.right else f"at this length, {verdict.told()}"
 
     def _row(self, side: _ops.Side, tokens: int, verdict: _ops.Verdict | str) -> Row:
         op = self.op
@@ -177,9 +191,9 @@ def model_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
     lengths = PREFILLS if asked.lengths is None else asked.lengths
     for name in names:
         bench = ModelBench(name, dtype, asked)
-        for tokens in lengths:
+        for tokens in lengths if "prefill" in asked.tasks else ():
             yield Job(f"{name} prefill", tokens, bench.prefill(tokens))
-        if name not in _models.METHODS:
+        if "decode" in asked.tasks and name not in _models.METHODS:
             yield Job(f"{name} decode", _models.NEW_TOKENS, bench.decode())
 
 
@@ -207,23 +221,25 @@ class ModelBench:
         if ModelBench.held is not None:
             ModelBench.held._sides = []
         release(self.asked.device)
-        ModelBench.held = self
         model = _models.build(self.name, self.dtype, self.asked.device, self.asked.seed)
         self._sides = _models.sides(self.name, model, self.asked.backends, self.asked.seed)
+        self._verdicts = self._judge(model)
+        release(self.asked.device)
+        ModelBench.held = self
+
+    def _judge(self, model: Any) -> dict[str, _ops.Verdict | str | None]:
+        """A verdict a side; None where another side is judged for it, or nobody else runs this."""
+        found: dict[str, _ops.Verdict | str | None] = {side.name: None for side in self._sides}
         if self.name in _models.METHODS:
-            self._verdicts = dict.fromkeys((side.name for side in self._sides), None)
-            return
+            return found
         judge = _models.Judge(self.name, model, self.asked.device, self.asked.seed)
         for side in self._sides:
-            if side.prefill is None:
-                self._verdicts[side.name] = None
-                continue
-            try:
-                self._verdicts[side.name] = judge.verdict(side)
-            except Exception as error:
-                self._verdicts[side.name] = reason(error)
-        del judge
-        release(self.asked.device)
+            if side.prefill is not None:
+                try:
+                    found[side.name] = judge.verdict(side)
+                except Exception as error:
+                    found[side.name] = reason(error)
+        return found
 
     def _compare(self, task: str, tokens: int) -> list[Row]:
         self._open()
@@ -340,6 +356,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", default="all", help=f"all, none, or of {', '.join(known)}")
     models = ", ".join(_models.NAMES)
     parser.add_argument("--models", default="all", help=f"all, none, or of {models}")
+    parser.add_argument("--tasks", default="all", help=f"of models: all, or {', '.join(TASKS)}")
     parser.add_argument("--lengths", help="tokens, e.g. 8k,64k; by default each one's own")
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
     parser.add_argument("--resume", action="store_true", help="skip the rows that --out has")
@@ -357,6 +374,7 @@ def main() -> int:
         device=torch.device(args.device), seed=args.seed, seconds=args.seconds,
         backends=args.backends.split(","), stock_up_to=args.stock_up_to,
         lengths=tuple(parse_lengths(args.lengths)) if args.lengths else None,
+        tasks=chosen(args.tasks, TASKS, "task"),
     )  # fmt: skip
     known = [op.name for op in _ops.all_ops(["default"])]
     jobs = [

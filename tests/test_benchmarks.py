@@ -77,6 +77,24 @@ def test_a_wrong_kernel_is_not_timed(
     assert "p50" not in row and "not timed" in row["failed"] and row["worst"] == "y"
 
 
+def test_a_kernel_that_is_wrong_at_the_end_of_many_tokens_is_not_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ops.selective_scan
+
+    def wrong(inputs: Any, plan: Any = None) -> Any:
+        y, state = right(inputs, plan)
+        y[:, 110:] *= 1.01
+        return y, state
+
+    asked = ["--models", "none", "--ops", "scan", "--lengths", "30,120"]
+    rows = bench(monkeypatch, tmp_path / "right.json", *asked)
+    assert not any("failed" in row for row in rows)
+    monkeypatch.setattr(ops, "selective_scan", wrong)
+    short, long = bench(monkeypatch, tmp_path / "wrong.json", *asked)
+    assert "failed" not in short and "at this length, y is off" in long["failed"]
+
+
 def test_nan_is_never_right() -> None:
     assert not _ops.Verdict("y", float("nan"), 1.0).right
 
