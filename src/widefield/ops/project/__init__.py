@@ -12,7 +12,7 @@ from widefield.ops.project.reference import Convolution
 
 __all__ = ["Convolution", "project", "projects_fast"]
 
-_MOST_ROWS = 16
+_MOST_ROWS = 4
 _MOST_FEATURES = 16384
 
 
