@@ -130,6 +130,7 @@ def test_tokens_are_the_same_in_every_dtype(dtype: torch.dtype) -> None:
         assert torch.equal(plain, graphed)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # transformers before 5.20 warns
 def test_a_prompt_may_lie_on_the_cpu() -> None:
     model = extended()
     ids = IDS[:2].cpu()
@@ -371,6 +372,25 @@ def test_hooks_that_a_replay_would_not_call_are_refused() -> None:
         generated(model, cuda_graph=True)
     hook.remove()
     assert generated(model, cuda_graph=True).shape == (3, 42)
+
+
+class Waits(nn.Linear):
+    """A head that waits for the GPU, which nothing that is recorded may do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1.0 if input.isfinite().all().item() else 0.0)
+
+
+@pytest.mark.skipif(not GPU, reason="without a GPU nothing is recorded")
+def test_a_step_that_cannot_be_recorded_is_refused_and_the_model_goes_on() -> None:
+    model = extended()
+    head, model.lm_head = model.lm_head, Waits(32, 384, bias=False).to(DEVICE)
+    with pytest.raises(wf.WidefieldError, match="that CUDA can record"):
+        generated(model, cuda_graph=True)
+    assert generated(model).shape == (3, 42)
+    model.lm_head = head
+    plain, graphed = both(model)
+    assert torch.equal(plain, graphed)
 
 
 def test_autocast_is_refused() -> None:

@@ -400,6 +400,8 @@ class StepGraph:
             try:
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._logits = self._forward(model)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 what = str(error).splitlines()[0]
                 raise _refused(f"a step that CUDA can record, and this one fails: {what}") from None

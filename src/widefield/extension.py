@@ -146,7 +146,8 @@ def restore(model: Model) -> Model:
         original = back.get(type(module))
         if original is not None:
             _become(module, original)
-            module.__dict__.pop("_widefield", None)
+            for name in [name for name in module.__dict__ if name.startswith("_widefield")]:
+                del module.__dict__[name]
     model.__dict__.pop("_widefield_hook").remove()
     model.__class__ = type(model).__mro__[
         2
@@ -205,6 +206,7 @@ def _install(model: nn.Module, extension: Extension) -> None:
         ours = table.get(type(module))
         if ours is not None:
             _become(module, ours)
+    families.chain_blocks(model)
     for _, mixer in families.mixers(model):
         mixer._widefield = extension  # type: ignore[assignment]
     if "widefield" not in model.__dict__:

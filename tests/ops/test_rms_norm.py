@@ -80,7 +80,7 @@ def test_the_kernel_is_as_exact_as_the_reference(length: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("groups", "gate_first"), GATED)
 def test_the_gated_kernel_is_as_exact_as_the_reference(
-    groups: int, gate_first: bool, dtype: torch.dtype, _: None
+    groups: int, gate_first: bool, dtype: torch.dtype
 ) -> None:
     from widefield.ops.rms_norm import cuda
 
@@ -124,3 +124,23 @@ def test_the_kernel_is_right_past_two_to_the_31_elements() -> None:
     part = x[:, -1000:].clone()
     alone = cuda.gated_rms_norm(part[..., :1600], part[..., 1600:], weight, 1e-5)
     assert torch.equal(whole[:, -1000:], alone)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [90, 96, 2560])
+def test_a_sum_and_its_norm_are_as_exact_as_the_reference(
+    dtype: torch.dtype, residual: torch.dtype, width: int
+) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, other, weight = moved(inputs(63, width, dtype), DEVICE)
+    x = x.to(residual)
+    truth = reference.add_rms_norm(*moved([x, other, weight], torch.float64), 1e-5)
+    call = {"sum_dtype": torch.float32, "dtype": dtype}
+    same = reference.add_rms_norm(x, other, weight, 1e-5, **call)
+    ours = cuda.add_rms_norm(x, other, weight, 1e-5, **call)
+    for value, near, exact in zip(ours, same, truth, strict=True):
+        assert value.dtype == near.dtype
+        assert error(value, exact) <= 2 * error(near, exact)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from widefield.errors import WidefieldError
 from widefield.families._attention import counted_attention
+from widefield.families._blocks import chain_blocks
 from widefield.families._context import (
     ChunkedPrefill,
     LayerCache,
@@ -31,6 +32,7 @@ __all__ = [
     "Link",
     "Observer",
     "Padding",
+    "chain_blocks",
     "check_covers",
     "counted_attention",
     "describe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class DroppingBlock(nn.Module):
     def normed(self, hidden_states: Tensor) -> Tensor:
         """What the block gives its mixer to read."""
         norm: Any = self.norm
+        ready = _take_normed(hidden_states, norm)
+        if ready is not None:
+            return ready
         if isinstance(norm, Norm):
             return norm(hidden_states, dtype=norm.weight.dtype)
         return norm(hidden_states.to(norm.weight.dtype))
@@ -77,11 +81,14 @@ class DroppingBlock(nn.Module):
 
 
 class ResidualBlock(DroppingBlock):
-    """A block that adds its mixer's output to its input, and does nothing else."""
+    """A block that adds its mixer's output to its input, and does nothing else.
+
+    Where the next block is of this kind, too, its norm is taken in the same pass as the sum.
+    """
 
     residual_in_fp32: bool
-    norm: nn.Module
     mixer: Mixer
+    norm: nn.Module
 
     def body(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output; without the copies of the residual stream in other dtypes."""
@@ -94,8 +101,47 @@ class ResidualBlock(DroppingBlock):
             dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
             return self.mixer.block_step(hidden_states, norm, past, dtype)
         out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
-        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        return residual + out
+        follower = self.__dict__.get("_widefield_follower")
+        dtype = torch.promote_types(hidden_states.dtype, out.dtype)
+        dtype = torch.promote_types(dtype, torch.float32) if self.residual_in_fp32 else dtype
+        if isinstance(follower, Norm) and _is_seen_by_nobody(follower) and not out.is_inference():
+            return _add_and_norm(hidden_states, out, follower, dtype)
+        return hidden_states.to(dtype) + out
+
+
+def chain_blocks(model: nn.Module) -> None:
+    """Tell the blocks of a model that only add to the stream whose norm comes next."""
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for block, following in itertools.pairwise(stack):
+                if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
+                    block.__dict__["_widefield_follower"] = following.norm  # not its submodule
+
+
+def _is_seen_by_nobody(module: nn.Module) -> bool:
+    """Whether calling a module is nothing but its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (hooks or "_old_forward" in vars(module))
+
+
+def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """The sum, which carries its norm along to the next block."""
+    width = norm.weight.dtype
+    total, normed = ops.add_rms_norm(
+        hidden_states, out, norm.weight, norm.variance_epsilon, sum_dtype=dtype, dtype=width
+    )
+    total._widefield_normed = (norm, normed, total._version)  # type: ignore[attr-defined]
+    return total
+
+
+def _take_normed(hidden_states: Tensor, norm: nn.Module) -> Tensor | None:
+    """What the block before has already normed, if it is still the norm of these values."""
+    ready = getattr(hidden_states, "_widefield_normed", None)
+    if ready is None:
+        return None
+    del hidden_states._widefield_normed  # type: ignore[attr-defined]
+    kept, normed, version = ready
+    return normed if kept is norm and version == hidden_states._version else None
 
 
 def _left_behind(turn: Turn) -> Left | None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from widefield.errors import WidefieldError
 from widefield.ops import Rows, Survivors
@@ -230,7 +231,7 @@ class LayerCache:
         """Write the last K inputs alone, where the tokens themselves are held back."""
         if self.filled:
             self.entry.conv_states[0].copy_(conv_state)
-        else:
+        elif not self._adopted(conv_state, None):
             self.cache.update_conv_state(conv_state, self.layer)
 
     def store(
@@ -245,9 +246,26 @@ class LayerCache:
         """
         seen = self.seen
         self.store_conv(conv_state)
-        if state is not None:
+        if state is not None and not self._adopted(None, state):
             self.cache.update_recurrent_state(state, self.layer)
         self.entry.widefield_seen = None if seen is None or new is None else _add(seen, new)
+
+    def _adopted(self, conv_state: Tensor | None, state: Tensor | None) -> bool:
+        """Whether an empty entry has taken a new tensor as it is, in place of a copy of it."""
+        entry = self.entry
+        if torch.is_grad_enabled() or not isinstance(entry, LinearAttentionLayer):
+            return False
+        if conv_state is not None and not entry.is_conv_states_initialized[0]:
+            entry.dtype, entry.device = entry.dtype or conv_state.dtype, conv_state.device
+            entry.conv_kernel_size[0] = conv_state.shape[-1]
+            entry.conv_states[0] = conv_state
+            entry.is_conv_states_initialized[0] = entry.has_previous_state[0] = True
+            return True
+        if state is not None and not entry.is_recurrent_states_initialized[0]:
+            entry.recurrent_states[0] = state
+            entry.is_recurrent_states_initialized[0] = True
+            return True
+        return False
 
     def count(self, new: int) -> None:
         """Note that every row has consumed `new` more tokens."""

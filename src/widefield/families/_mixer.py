@@ -385,7 +385,12 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
         return False
     kinds = {module.weight.dtype for module in (norm, *used)}
     in_autocast = torch.is_autocast_enabled(x.device.type)
-    return len(kinds) == 1 and not in_autocast and ops.projects_fast(x[:, 0], norm.weight)
+    widest = max(mixer.in_proj.in_features, mixer.out_proj.in_features)
+    return (
+        len(kinds) == 1
+        and not in_autocast
+        and ops.projects_fast(mixer.in_proj.weight, x.shape[0], widest)
+    )
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -113,22 +113,28 @@ class Mamba1Mixer(Mixer):
         """The output (B, 1, H) for one more token a row."""
         x, z = self.project(hidden_states)
         x = self.convolve_one(x, past)
-        delta, B, C = self.selective_inputs(x)
         state = self.state_of(past)
         assert state is not None
-        y = ops.selective_state_update(
-            state,
-            x[:, 0],
-            delta[:, 0],
-            self.rates,
-            B[:, 0],
-            C[:, 0],
-            self.D.float().flatten(),
-            z[:, 0],
-            self.delta_bias,
-        )
+        if ops.runs_kernels(x) and type(getattr(self, "dt_proj", None)) is nn.Linear:
+            y = self._updated(state, x[:, 0], z[:, 0], self.x_proj(x)[:, 0])
+        else:
+            delta, B, C = (part[:, 0] for part in self.selective_inputs(x))
+            y = ops.selective_state_update(
+                *(state, x[:, 0], delta, self.rates, B, C, self.D.float().flatten(), z[:, 0]),
+                self.delta_bias,
+            )
         past.count(1)
         return self.out_proj(y[:, None].to(hidden_states.dtype))
+
+    def _updated(self, state: Tensor, x: Tensor, z: Tensor, projected: Tensor) -> Tensor:
+        """The gated output (B, D) for one more token, of what `x_proj` makes of x (B, D)."""
+        rank, size = self.time_step_rank, self.ssm_state_size
+        low_rank, B, C = projected.split([rank, size, size], dim=-1)
+        low_rank, B, C = self.norm_inputs(low_rank, B, C)
+        weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        return ops.low_rank_state_update(
+            state, x, low_rank, weight, self.A_log, B, C, self.D, z, bias
+        )
 
     @property
     def used_in_a_step(self) -> tuple[nn.Module, ...]:
@@ -139,13 +145,10 @@ class Mamba1Mixer(Mixer):
         self, hidden_states: Tensor, norm: Norm, past: LayerCache, dtype: torch.dtype
     ) -> Tensor:
         """A block's output (B, 1, H) in `dtype` for one more token a row, in four kernels."""
-        rank, size = self.time_step_rank, self.ssm_state_size
         x, z = self.projected(hidden_states, norm, past).chunk(2, dim=-1)
-        low_rank, B, C = ops.project(x, self.x_proj.weight).split([rank, size, size], dim=-1)
-        low_rank, B, C = self.norm_inputs(low_rank, B, C)
-        state, weight, bias = self.state_of(past), self.dt_proj.weight, self.dt_proj.bias
+        state = self.state_of(past)
         assert state is not None
-        y = ops.low_rank_state_update(state, x, low_rank, weight, self.A_log, B, C, self.D, z, bias)
+        y = self._updated(state, x, z, ops.project(x, self.x_proj.weight))
         past.count(1)
         return self.added(y, hidden_states, dtype)
 

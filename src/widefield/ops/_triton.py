@@ -20,7 +20,7 @@ def exp_negative(x):
 @triton.jit
 def log1p_fraction(u):
     """log(1 + u) of 0 ≤ u ≤ 1, as the first terms of 2 · artanh(u / (2 + u))."""
-    s = tl.div_rn(u, 2.0 + u)
+    s = u / (2.0 + u)
     q = s * s
     p = tl.fma(q, 1.0 / 15.0, 1.0 / 13.0)
     p = tl.fma(q, p, 1.0 / 11.0)

@@ -15,7 +15,7 @@ _TIME = 64
 _BLOCK = 64
 _SEGMENT = 64  # tokens of a program of the forward
 _AHEAD = 8
-_WIDTH = 512  # channels of a program of the forward
+_WIDTH = 256  # channels of a program of the forward
 _WARPS = 2
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from widefield.ops._triton import softplus
 from widefield.plan import Pool, ScanInputs, SSDInputs
 
-_NUMBERS = 4096  # that a program holds at a time
-_WIDEST = 512
+_NUMBERS = 2048  # that a program holds at a time
+_WIDEST = 256
 
 
 @triton.jit

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from widefield.ops.state_update.reference import causal_conv1d_update
 
+FEW_ROWS = 4  # of a batch, that a kernel takes one after the other
+
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
@@ -60,6 +62,7 @@ def project(
         value = value * F.silu(gate.to(wide))
     if norm is not None:
         value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) * norm.to(wide)
+    value = value.to(weight.dtype).to(wide)  # as modules of that dtype hand it on
     y = F.linear(value, weight.to(wide), None if bias is None else bias.to(wide))
     if convolution is not None:
         part = slice(convolution.first, convolution.first + convolution.state.shape[1])

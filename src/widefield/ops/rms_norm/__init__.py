@@ -9,7 +9,7 @@ from torch import Tensor
 from widefield.ops._backend import runs_kernels
 from widefield.ops.rms_norm import reference
 
-__all__ = ["gated_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
 
 def rms_norm(
@@ -35,6 +35,33 @@ def rms_norm(
 
         return cuda.rms_norm(x, weight, eps, dtype=dtype)
     return reference.rms_norm(x, weight, eps, dtype=dtype)
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*batch width"],
+    other: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, " width"],
+    eps: float,
+    *,
+    sum_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
+    """The sum of x and other, and the RMS norm of that sum.
+
+    Args:
+        x: any floating dtype, any strides.
+        other: of the shape of x.
+        weight: any floating dtype.
+        eps: added to the mean square.
+        sum_dtype: of the sum; None for the wider of those of x and other.
+        dtype: of its norm; None for the wider of those of the sum and the weight.
+    """
+    call = {"sum_dtype": sum_dtype, "dtype": dtype}
+    if runs_kernels(x, other, weight):
+        from widefield.ops.rms_norm import cuda
+
+        return cuda.add_rms_norm(x, other, weight, eps, **call)
+    return reference.add_rms_norm(x, other, weight, eps, **call)
 
 
 def gated_rms_norm(

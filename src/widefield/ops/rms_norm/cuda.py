@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_NUMBERS = 2048  # that a program has in registers at least
+_NUMBERS = 4096  # that a program has in registers at least
+_WIDEST = 1024  # of a piece of a row
+_PIECES = 8
 
 
 @triton.jit
 def _forward(
-    x_ptr, gate_ptr, w_ptr, y_ptr, rows, length, groups, width, eps,
-    x_batch, x_token, gate_batch, gate_token,
-    WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, other_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups, eps,
+    x_batch, x_token, other_batch, other_token,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # A row is one group of one token.
+    # A row is one group of one token, in pieces of whole blocks where its width allows it. The
+    # other input is what is added or the gate.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
     token = row // groups
-    within = (row - token * groups) * width
+    within = (row - token * groups) * WIDTH
     batch = token // length
     place = token - batch * length
-    start = (batch * x_batch + place * x_token + within)[:, None] + column[None, :]
-    x = tl.load(x_ptr + start, mask=mask, other=0.0).to(tl.float32)
-    if GATE:
-        start = (batch * gate_batch + place * gate_token + within)[:, None] + column[None, :]
-        gate = tl.load(gate_ptr + start, mask=mask, other=0.0).to(tl.float32)
-        gate = gate / (1.0 + tl.exp(-gate))
-        if GATE_FIRST:
-            x *= gate
-    scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps)
-    y = x * scale[:, None]
-    if WEIGHT:
-        weight = tl.load(w_ptr + within[:, None] + column[None, :], mask=mask, other=0.0)
-        y *= weight.to(tl.float32)
-    if GATE:
-        if not GATE_FIRST:
-            y *= gate
-    out = row[:, None] * width + column[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    x_row = batch * x_batch + place * x_token + within
+    other_row = batch * other_batch + place * other_token + within
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    values = ()
+    gates = ()
+    for piece in tl.static_range(PIECES):
+        d = piece * BLOCK + column
+        mask = (row < rows)[:, None] & (d < WIDTH)[None, :]
+        x = tl.load(x_ptr + x_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ADD or GATE:
+            other = tl.load(other_ptr + other_row[:, None] + d[None, :], mask=mask, other=0.0)
+            other = other.to(tl.float32)
+            if ADD:
+                added = (x + other).to(sum_ptr.dtype.element_ty)
+                tl.store(sum_ptr + row[:, None] * WIDTH + d[None, :], added, mask=mask)
+                x = added.to(tl.float32)
+            else:
+                other = other / (1.0 + tl.exp(-other))
+                gates = gates + (other,)  # noqa: RUF005
+                if GATE_FIRST:
+                    x = x * other
+        total += x * x
+        values = values + (x,)  # noqa: RUF005
+    scale = 1.0 / tl.sqrt_rn(tl.sum(total, axis=1) / WIDTH + eps)
+    for piece in tl.static_range(PIECES):
+        d = piece * BLOCK + column
+        mask = (row < rows)[:, None] & (d < WIDTH)[None, :]
+        y = values[piece] * scale[:, None]
+        if WEIGHT:
+            weight = tl.load(w_ptr + within[:, None] + d[None, :], mask=mask, other=0.0)
+            y *= weight.to(tl.float32)
+        if GATE:
+            if not GATE_FIRST:
+                y *= gates[piece]
+        tl.store(y_ptr + row[:, None] * WIDTH + d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """RMS norm: weight · x / √(mean(x²) + eps) on a GPU; the same contract as the reference."""
-    return _launch(x, None, weight, eps, 1, False, dtype)
+    if dtype is None:
+        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    return _Call(x, None, weight, eps).run(dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    other: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    sum_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A sum and its norm on a GPU; the same contract as the reference."""
+    sum_dtype = sum_dtype or torch.promote_types(x.dtype, other.dtype)
+    added = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
+    dtype = dtype or torch.promote_types(sum_dtype, weight.dtype)
+    return added, _Call(x, other, weight, eps, added=added).run(dtype)
 
 
 def gated_rms_norm(
@@ -62,38 +101,54 @@ def gated_rms_norm(
     gate_first: bool = True,
 ) -> Tensor:
     """The gated norm on a GPU; the same contract as the reference."""
-    return _launch(x, gate, weight, eps, groups, gate_first, None)
+    call = _Call(x, gate, weight, eps, groups=groups, gate_first=gate_first)
+    return call.run(torch.promote_types(x.dtype, weight.dtype))
 
 
-def _launch(
-    x: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    groups: int,
-    gate_first: bool,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    if dtype is None:
-        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if not y.numel():
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The kernel's inputs; `other` is the gate, or what is added if there is room for the sum."""
+
+    x: Tensor
+    other: Tensor | None
+    weight: Tensor | None
+    eps: float
+    added: Tensor | None = None
+    groups: int = 1
+    gate_first: bool = False
+
+    def run(self, dtype: torch.dtype) -> Tensor:
+        """The normed values in `dtype`; the sum is left where there is room for it."""
+        y = torch.empty(self.x.shape, dtype=dtype, device=self.x.device)
+        if not y.numel():
+            return y
+        x = _by_token(self.x)
+        # Absent inputs are passed as x: their flag keeps the kernel from reading them.
+        other = x if self.other is None else _by_token(self.other)
+        weight = x if self.weight is None else self.weight.contiguous()
+        added = x if self.added is None else self.added
+        rows = y.numel() // y.shape[-1] * self.groups
+        width = y.shape[-1] // self.groups
+        block, pieces = _pieces(width)
+        many = 1 << (max(1, _NUMBERS // (block * pieces)).bit_length() - 1)
+        with torch.cuda.device_of(x):
+            _forward[(triton.cdiv(rows, many),)](
+                x, other, weight, added, y, rows, x.shape[1], self.groups, self.eps,
+                x.stride(0), x.stride(1), other.stride(0), other.stride(1),
+                ADD=self.added is not None, WEIGHT=self.weight is not None,
+                GATE=self.other is not None and self.added is None, GATE_FIRST=self.gate_first,
+                WIDTH=width, PIECES=pieces, BLOCK=block, ROWS=many,
+                num_warps=min(16, max(4, block * pieces // 1024)),
+            )  # fmt: skip
         return y
-    rows, width = y.numel() // x.shape[-1] * groups, x.shape[-1] // groups
-    x = _by_token(x)
-    # Absent inputs are passed as x: their flag keeps the kernel from reading them.
-    gate_ = x if gate is None else _by_token(gate)
-    weight_ = x if weight is None else weight.contiguous()
-    block = triton.next_power_of_2(width)
-    many = max(1, _NUMBERS // block)
-    with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(rows, many),)](
-            x, gate_, weight_, y, rows, x.shape[1], groups, width, eps,
-            x.stride(0), x.stride(1), gate_.stride(0), gate_.stride(1),
-            WEIGHT=weight is not None, GATE=gate is not None, GATE_FIRST=gate_first,
-            ROWS=many, BLOCK=block, num_warps=min(16, max(4, block // 512)),
-        )  # fmt: skip
-    return y
+
+
+def _pieces(width: int) -> tuple[int, int]:
+    """Blocks of a power of two that fill a row, and how many; one that is too wide if none do."""
+    block = min(width & -width, _WIDEST)
+    if width // block <= _PIECES:
+        return block, width // block
+    return triton.next_power_of_2(width), 1
 
 
 def _by_token(tensor: Tensor) -> Tensor:

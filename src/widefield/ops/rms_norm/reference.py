@@ -21,6 +21,21 @@ def rms_norm(
     return y if dtype is None else y.to(dtype)
 
 
+def add_rms_norm(
+    x: Float[Tensor, "*batch width"],
+    other: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, " width"],
+    eps: float,
+    *,
+    sum_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
+    """A sum and its norm; see `widefield.ops.add_rms_norm`."""
+    added = (x if sum_dtype is None else x.to(sum_dtype)) + other
+    added = added if sum_dtype is None else added.to(sum_dtype)
+    return added, rms_norm(added, weight, eps, dtype=dtype)
+
+
 def gated_rms_norm(
     x: Float[Tensor, "*batch width"],
     gate: Float[Tensor, "*batch width"],
