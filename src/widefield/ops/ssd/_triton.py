@@ -379,6 +379,7 @@ def outputs(
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
+        ok = inside
         if VALID:
             ok = tl.load(vp + (far + local) * svl) != 0
             x = tl.where(ok[:, None], x, 0.0)
@@ -393,6 +394,7 @@ def outputs(
         weight = tl.dot(b, tl.trans(c), input_precision=PRECISE)
         # The product with 0 has the layout of the other products: nothing moves between lanes.
         log = (weight * 0.0 + sums[None, :]) - sums[:, None]
+        rests = sums
         if EXACT:
             rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
             log = (log + rests[None, :]) - rests[:, None]
