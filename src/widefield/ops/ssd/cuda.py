@@ -303,7 +303,7 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
             *made, before, behind, call.empty(workers, steps, BP, BN),
             dx, *left, *sums, dD,
             batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, STEPS=steps,
+            HAS_D=call.D is not None, WHOLE=call.whole, STEPS=steps,
             num_warps=4, num_stages=1, **call.tiles(unit),
         )  # fmt: skip
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
