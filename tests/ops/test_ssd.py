@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.cases import DELTAS, in_float64, raw_delta, ssd_condition, ssd_inputs
 from widefield import ops
+from widefield.errors import WidefieldError
 from widefield.ops.ssd import chunked, cpu, reference
+from widefield.ops.ssd._sequences import by_sequence, check_sequences
 from widefield.plan import LayerPlan, SSDInputs
 
 Scan = Callable[[SSDInputs, LayerPlan | None], tuple[Tensor, Tensor]]
@@ -40,6 +42,14 @@ def full_plan(inputs: SSDInputs) -> LayerPlan:
         delta_scale=scale.delta_scale,
         delta_floor=floor_at(inputs, 0.6, scale).expand(batch, heads).contiguous(),
         decay_scale=0.5 + torch.rand(batch, heads),
+    )
+
+
+def rows_plan(heads: int, rows: int) -> LayerPlan:
+    return LayerPlan(
+        delta_scale=0.5 + torch.rand(heads),
+        decay_scale=0.5 + torch.rand(rows, heads),
+        delta_floor=0.01 + 0.05 * torch.rand(heads),
     )
 
 
@@ -490,3 +500,46 @@ def test_gradients_of_the_chunks_are_as_exact_as_those_of_the_reference(
             assert (wide[name] - value).norm() <= 1e-12 * size, name
             allowed = (same[name] - value).norm()
             assert (ours[name] - value).norm() <= 2 * allowed + 3e-7 * size, name
+
+
+def test_sequences_side_by_side_are_each_alone_in_plain_torch() -> None:
+    ends = torch.tensor([0, 0, 5, 135, 135, 136, 200])
+    inputs = ssd_inputs(1, 200).replace(cu_seqlens=ends, initial_state=torch.randn(6, 4, 20, 18))
+    plan = rows_plan(4, 6)
+    y, states = reference.ssd(inputs, plan)
+    assert states.shape == (6, 4, 20, 18)
+    assert inputs.initial_state is not None
+    assert torch.equal(states[0], inputs.initial_state[0])
+    part = inputs.replace(
+        **{n: getattr(inputs, n)[:, 5:135] for n in ("x", "delta", "B", "C")},
+        initial_state=inputs.initial_state[2:3],
+        cu_seqlens=None,
+    )
+    assert plan.decay_scale is not None
+    alone = LayerPlan(plan.delta_floor, plan.delta_scale, plan.decay_scale[2])
+    expected, state = reference.ssd(part, alone)
+    assert torch.equal(y[:, 5:135], expected)
+    assert torch.equal(states[2], state[0])
+    for scan in (cpu.ssd, chunked.ssd):
+        for found, theirs in zip(scan(inputs, plan), (y, states), strict=True):
+            torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_sequences_that_make_no_sense_are_refused() -> None:
+    inputs = ssd_inputs(1, 10)
+    for ends, said in (
+        (torch.tensor([0.0, 10.0]), "int32 or int64"),
+        (torch.tensor([[0, 10]]), "int32 or int64"),
+        (torch.tensor([0, 9]), "ascending from 0 to 10"),
+        (torch.tensor([1, 10]), "ascending from 0 to 10"),
+        (torch.tensor([0, 7, 5, 10]), "ascending from 0 to 10"),
+    ):
+        with pytest.raises(WidefieldError, match=said):
+            by_sequence(reference.ssd, dataclasses.replace(inputs, cu_seqlens=ends), None)
+    both = inputs.replace(
+        cu_seqlens=torch.tensor([0, 10]), valid=torch.ones(1, 10, dtype=torch.bool)
+    )
+    with pytest.raises(WidefieldError, match="together with valid"):
+        check_sequences(both)
+    with pytest.raises(WidefieldError, match="batch of 2"):
+        check_sequences(ssd_inputs(2, 10).replace(cu_seqlens=torch.tensor([0, 10])))

@@ -219,6 +219,14 @@ def _tile(pointer, far, stride, local, across, size, WHOLE: tl.constexpr):
     return tl.load(at) if WHOLE else tl.load(at, mask=(across < size)[None, :], other=0.0)
 
 
+@triton.jit
+def _shown(tile, ok, HIDE: tl.constexpr, WIDE: tl.constexpr):
+    """A tile as products read it: with HIDE, 0 where it is not `ok`, whatever it holds."""
+    if HIDE:
+        tile = tl.where(ok[:, None], tile, 0.0)
+    return tile.to(tl.float32) if WIDE else tile
+
+
 @_kernel
 def segment_states(
     x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, local_ptr, kept_ptr,
@@ -294,13 +302,10 @@ def segment_states(
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
         rest = tl.load(rests_ptr + tokens + end)
+        ok = inside
         if VALID:
             ok = tl.load(vp + (far + local) * svl) != 0
-            x = tl.where(ok[:, None], x, 0.0)
-            b = tl.where(ok[:, None], b, 0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            b = b.to(tl.float32)
+        x, b = _shown(x, ok, VALID, WIDE), _shown(b, ok, VALID, WIDE)
         if BACKWARD:
             weight = tl.where(inside, tl.exp2(sums + rests + since), 0.0)
         else:
@@ -379,20 +384,17 @@ def outputs(
         sums = tl.load(sums_ptr + tokens + t, mask=inside, other=0.0)
         end = tl.minimum(start + Q, count) - 1
         total = tl.load(sums_ptr + tokens + end)
+        ok = inside
         if VALID:
             ok = tl.load(vp + (far + local) * svl) != 0
-            x = tl.where(ok[:, None], x, 0.0)
-            b = tl.where(ok[:, None], b, 0.0)
-            c = tl.where(ok[:, None], c, 0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            b = b.to(tl.float32)
-            c = c.to(tl.float32)
+        x, b = _shown(x, ok, VALID, WIDE), _shown(b, ok, VALID, WIDE)
+        c = _shown(c, ok, VALID, WIDE)
 
         # Transposed, tokens that are read by tokens that read: the state is then a left factor.
         weight = tl.dot(b, tl.trans(c), input_precision=PRECISE)
         # The product with 0 has the layout of the other products: nothing moves between lanes.
         log = (weight * 0.0 + sums[None, :]) - sums[:, None]
+        rests = sums
         if EXACT:
             rests = tl.load(rests_ptr + tokens + t, mask=inside, other=0.0)
             log = (log + rests[None, :]) - rests[:, None]
@@ -456,7 +458,8 @@ def gradients(
     rows, length, segment, slots, heads, width, states, share, several,
     sxb, sxl, sxh, sBb, sBl, sBg, sCb, sCl, sCg, syb, syl, syh, svb, svl,
     HAS_D: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISE: tl.constexpr, UNIT: tl.constexpr, STEPS: tl.constexpr,
+    PRECISE: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    STEPS: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a segment, of `several` heads of one group, one after the other.
@@ -508,40 +511,17 @@ def gradients(
                 far = tl.cast(start, tl.int64)
                 t = start + i
                 inside = t < count
+                tl.store(scratch + chunk * (BP * BN) + inner, state)
                 mp = inside[:, None] & pm[None, :]
                 mn = inside[:, None] & nm[None, :]
-                tl.store(scratch + chunk * (BP * BN) + inner, state)
-                x = tl.load(
-                    xp + far * (sxl * UNIT) + (i[:, None] * (sxl * UNIT) + p[None, :]),
-                    mask=mp,
-                    other=0.0,
-                )
-                dy = tl.load(
-                    yp + far * (syl * UNIT) + (i[:, None] * (syl * UNIT) + p[None, :]),
-                    mask=mp,
-                    other=0.0,
-                )
-                b = tl.load(
-                    bp + far * (sBl * UNIT) + (i[:, None] * (sBl * UNIT) + n[None, :]),
-                    mask=mn,
-                    other=0.0,
-                )
-                c = tl.load(
-                    cp + far * (sCl * UNIT) + (i[:, None] * (sCl * UNIT) + n[None, :]),
-                    mask=mn,
-                    other=0.0,
-                )
+                local = tl.minimum(i, count - 1 - start)
+                ok = inside
                 if VALID:
-                    ok = tl.load(vp + t.to(tl.int64) * svl, mask=inside, other=0) != 0
-                    x = tl.where(ok[:, None], x, 0.0)
-                    dy = tl.where(ok[:, None], dy, 0.0)
-                    b = tl.where(ok[:, None], b, 0.0)
-                    c = tl.where(ok[:, None], c, 0.0)
-                if WIDE:
-                    x = x.to(tl.float32)
-                    dy = dy.to(tl.float32)
-                    b = b.to(tl.float32)
-                    c = c.to(tl.float32)
+                    ok = inside & (tl.load(vp + (far + local) * svl) != 0)
+                x = _shown(_tile(xp, far, sxl * UNIT, local, p, width, WHOLE), ok, VALID, WIDE)
+                b = _shown(_tile(bp, far, sBl * UNIT, local, n, states, WHOLE), ok, VALID, WIDE)
+                c = _shown(_tile(cp, far, sCl * UNIT, local, n, states, WHOLE), ok, VALID, WIDE)
+                dy = _shown(_tile(yp, far, syl * UNIT, local, p, width, WHOLE), ok, True, WIDE)
                 delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
                 end = tl.minimum(start + Q, count) - 1
                 total = tl.load(sums_ptr + tokens + end)
@@ -581,37 +561,14 @@ def gradients(
                 inside = t < count
                 mp = inside[:, None] & pm[None, :]
                 mn = inside[:, None] & nm[None, :]
-                x = tl.load(
-                    xp + far * (sxl * UNIT) + (i[:, None] * (sxl * UNIT) + p[None, :]),
-                    mask=mp,
-                    other=0.0,
-                )
-                dy = tl.load(
-                    yp + far * (syl * UNIT) + (i[:, None] * (syl * UNIT) + p[None, :]),
-                    mask=mp,
-                    other=0.0,
-                )
-                b = tl.load(
-                    bp + far * (sBl * UNIT) + (i[:, None] * (sBl * UNIT) + n[None, :]),
-                    mask=mn,
-                    other=0.0,
-                )
-                c = tl.load(
-                    cp + far * (sCl * UNIT) + (i[:, None] * (sCl * UNIT) + n[None, :]),
-                    mask=mn,
-                    other=0.0,
-                )
+                local = tl.minimum(i, count - 1 - start)
+                ok = inside
                 if VALID:
-                    ok = tl.load(vp + t.to(tl.int64) * svl, mask=inside, other=0) != 0
-                    x = tl.where(ok[:, None], x, 0.0)
-                    dy = tl.where(ok[:, None], dy, 0.0)
-                    b = tl.where(ok[:, None], b, 0.0)
-                    c = tl.where(ok[:, None], c, 0.0)
-                if WIDE:
-                    x = x.to(tl.float32)
-                    dy = dy.to(tl.float32)
-                    b = b.to(tl.float32)
-                    c = c.to(tl.float32)
+                    ok = inside & (tl.load(vp + (far + local) * svl) != 0)
+                x = _shown(_tile(xp, far, sxl * UNIT, local, p, width, WHOLE), ok, VALID, WIDE)
+                b = _shown(_tile(bp, far, sBl * UNIT, local, n, states, WHOLE), ok, VALID, WIDE)
+                c = _shown(_tile(cp, far, sCl * UNIT, local, n, states, WHOLE), ok, VALID, WIDE)
+                dy = _shown(_tile(yp, far, syl * UNIT, local, p, width, WHOLE), ok, True, WIDE)
                 delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
                 end = tl.minimum(start + Q, count) - 1
                 total = tl.load(sums_ptr + tokens + end)

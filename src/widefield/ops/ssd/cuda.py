@@ -11,14 +11,15 @@ What is rounded to the inputs' dtype: in y, each factor once, as y itself is; in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from widefield.ops.ssd import _triton as kernels
@@ -49,6 +50,16 @@ class _Cut:
     first: Tensor | None
 
 
+def _parts(size: int, of: int) -> int:
+    """How many parts of a size it takes; Triton's own takes microseconds a call."""
+    return -(-size // of)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: so that short sequences have several segments, too
@@ -61,7 +72,7 @@ def _cut(inputs: SSDInputs, segment: int | None = None) -> _Cut:
     large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
     chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
     if segment is None:
-        programs = batch * heads * triton.cdiv(width, 64)
+        programs = batch * heads * _parts(width, 64)
         wanted = 2 * _processors(inputs.x.device) // programs
         slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
         segment = max(chunk, chunk * -(-length // (chunk * slots)))
@@ -139,16 +150,16 @@ class _Call:
         cut = _cut(inputs, segment)
         return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
 
-    @property
+    @cached_property
     def width_tile(self) -> int:
-        return min(64, max(16, triton.next_power_of_2(self.x.shape[3])))
+        return min(64, max(16, _power_of_two(self.x.shape[3])))
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Programs that share the channels of a head."""
-        return triton.cdiv(self.x.shape[3], self.width_tile)
+        return _parts(self.x.shape[3], self.width_tile)
 
-    @property
+    @cached_property
     def common(self) -> dict[str, Any]:
         return {
             "VARLEN": self.cut.table is not None, "VALID": self.inputs.valid is not None,
@@ -158,7 +169,7 @@ class _Call:
     def tiles(self, unit: int) -> dict[str, Any]:
         """What the kernels on tiles of tokens and channels or states are compiled for."""
         x, states = self.x, self.B.shape[3]
-        most = max(16, triton.next_power_of_2(states))
+        most = max(16, _power_of_two(states))
         return {
             # The interpreter has no products of bfloat16.
             "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
@@ -169,19 +180,19 @@ class _Call:
             **self.common,
         }
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether no tile reaches past the channels or the states."""
         states = self.B.shape[3]
         return self.x.shape[3] % self.width_tile == 0 and states in (16, 32, 64, 128, 256)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         _, length, heads, width = self.x.shape
         groups, states = self.B.shape[2:]
         return (length, self.cut.segment, self.cut.slots, heads, width, states, heads // groups)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int, int]:
         return (self.x.shape[2] * self.blocks, self.cut.slots, self.x.shape[0])
 
@@ -189,7 +200,7 @@ class _Call:
         """Absent inputs are passed as x: their flag keeps the kernels from reading them."""
         return [self.x if tensor is None else tensor for tensor in tensors]
 
-    @property
+    @cached_property
     def valid_strides(self) -> tuple[int, ...]:
         return (0, 0) if self.inputs.valid is None else self.inputs.valid.stride()
 
@@ -203,8 +214,8 @@ class _Call:
         floor, floor_row = _per_row(plan.delta_floor)
         scale, scale_row = _per_row(plan.delta_scale)
         decay, decay_row = _per_row(plan.decay_scale)
-        few = min(16, triton.next_power_of_2(heads))
-        grid = (self.chunks, triton.cdiv(heads, few), batch)
+        few = min(16, _power_of_two(heads))
+        grid = (self.chunks, _parts(heads, few), batch)
         kernels.deltas[grid](
             self.delta, self.A,
             *self.optional(self.bias, scale, floor, decay, inputs.valid, self.cut.table),
@@ -217,7 +228,7 @@ class _Call:
             HEADS=few, **self.common,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         """Of a row; at least as many as there are tokens for."""
         return self.cut.slots * (self.cut.segment // self.cut.chunk)
@@ -292,7 +303,7 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
             *made, before, behind, call.empty(workers, steps, BP, BN),
             dx, *left, *sums, dD,
             batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, STEPS=steps,
+            HAS_D=call.D is not None, WHOLE=call.whole, STEPS=steps,
             num_warps=4, num_stages=1, **call.tiles(unit),
         )  # fmt: skip
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
@@ -311,7 +322,7 @@ def _pass(
     """Make of what each segment adds the state in front of it, or the gradient behind it."""
     sequences, heads, width, states = last.shape
     size, block = width * states, 512
-    kernels.pass_states[(triton.cdiv(size, block), heads, sequences)](
+    kernels.pass_states[(_parts(size, block), heads, sequences)](
         local, kept, *call.optional(edge), last, *call.optional(call.cut.first),
         call.cut.slots, heads, size, HAS_EDGE=edge is not None,
         VARLEN=call.cut.first is not None, BACKWARD=backward, BLOCK=block,
