@@ -41,7 +41,7 @@ GIB = float(1 << 30)
 def make_model(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A model of that shape with random weights on the GPU, in evaluation mode."""
     config = SHAPES[name]()
-    kind = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
+    kind: Any = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=25, help="of each table; 0 for times alone")
     given = parser.parse_args()
     model = make_model(given.model)
-    methods = [wf.DeciMamba(layers=[12], base_length=2000)] if given.method == "decimamba" else []
+    methods = [wf.DeciMamba(layers=(12,), base_length=2000)] if given.method == "decimamba" else []
     wf.extend(model, *methods)
     backend = use_backend(given.backend) if given.backend else contextlib.nullcontext()
     with backend:

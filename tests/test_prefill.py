@@ -358,7 +358,7 @@ class TestMemory:
 
             wf.prefill(model, random_ids(1, length), chunk_size=50, cache=cache, progress=note)
             most.append(max(held))
-        assert most[0] == most[1] == 21 + 50
+        assert most[0] == most[1] == 21 + 21  # of a longer chunk, too, the best ones alone are held
 
     def test_peak_memory_does_not_grow_with_the_prompt(self) -> None:
         script = """

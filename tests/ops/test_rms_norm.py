@@ -129,7 +129,7 @@ def test_the_kernel_is_right_past_two_to_the_31_elements() -> None:
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [90, 96, 2560])
+@pytest.mark.parametrize("width", [90, 96, 2560, 5120])
 def test_a_sum_and_its_norm_are_as_exact_as_the_reference(
     dtype: torch.dtype, residual: torch.dtype, width: int
 ) -> None:

@@ -30,7 +30,7 @@ from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 
 Inputs = ScanInputs | SSDInputs
 # Tokens of all rows that a mixer holds in between at a time, where nobody needs them whole.
-TILE = {"cpu": 4096, "cuda": 1 << 17}
+TILE = {"cpu": 4096, "cuda": 1 << 16}
 # Cut at a multiple of this, the CPU's scan of Mamba-2 gives the same bits as in one piece.
 _EVEN = 64
 _SILU = ("silu", "swish")
@@ -253,7 +253,8 @@ class Mixer(nn.Module):
         """One tile after the other, so that only the output is as long as the input."""
         state, output, tile = self.state_of(turn.past), None, None
         for tile in self._tiles(hidden_states, turn):
-            y, state = self.scan(tile.inputs.replace(initial_state=state), tile.gate, turn.plan)
+            inputs = tile.inputs if state is None else tile.inputs.replace(initial_state=state)
+            y, state = self.scan(inputs, tile.gate, turn.plan)
             output = self._write(output, y.to(hidden_states.dtype), tile.part, hidden_states)
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None

@@ -41,7 +41,7 @@ class WidefieldNemotronHRMSNorm(Norm, NemotronHRMSNorm):
     widens = False
 
 
-class WidefieldNemotronHRMSNormGated(GatedNorm, NemotronHRMSNormGated):
+class WidefieldNemotronHRMSNormGated(GatedNorm, NemotronHRMSNormGated):  # type: ignore[misc]
     """NemotronH's gated norm in one pass."""
 
 

@@ -127,10 +127,10 @@ def _forward(
                         fresh = tl.load(at, mask=dm & begins, other=0.0).to(tl.float32)
                     kept = kept + (tl.where(begins, fresh, before[k]),)  # noqa: RUF005
                 before = kept
-            x = read[u].to(tl.float32)
+            x = read[u].to(tl.float32)  # type: ignore[attr-defined]
             y = bias + taps[K - 1] * x
             for k in tl.static_range(K - 1):
-                y += taps[k] * before[k]
+                y += taps[k] * before[k]  # type: ignore[operator]
             if SILU:
                 y = y / (1.0 + tl.exp(-y))
             tl.store(

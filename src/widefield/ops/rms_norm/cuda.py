@@ -130,7 +130,7 @@ class _Call:
         rows = y.numel() // y.shape[-1] * self.groups
         width = y.shape[-1] // self.groups
         block, pieces = _pieces(width)
-        many = 1 << (max(1, _NUMBERS // (block * pieces)).bit_length() - 1)
+        many = _power_of_two(_NUMBERS // (block * pieces), 1, _NUMBERS)
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(rows, many),)](
                 x, other, weight, added, y, rows, x.shape[1], self.groups, self.eps,
@@ -138,7 +138,7 @@ class _Call:
                 ADD=self.added is not None, WEIGHT=self.weight is not None,
                 GATE=self.other is not None and self.added is None, GATE_FIRST=self.gate_first,
                 WIDTH=width, PIECES=pieces, BLOCK=block, ROWS=many,
-                num_warps=min(16, max(4, block * pieces // 1024)),
+                num_warps=_power_of_two(block * pieces // 1024, 4, 16),
             )  # fmt: skip
         return y
 
@@ -149,6 +149,11 @@ def _pieces(width: int) -> tuple[int, int]:
     if width // block <= _PIECES:
         return block, width // block
     return triton.next_power_of_2(width), 1
+
+
+def _power_of_two(number: int, least: int, most: int) -> int:
+    """The largest that is no larger, between two others."""
+    return min(most, max(least, 1 << max(0, number.bit_length() - 1)))
 
 
 def _by_token(tensor: Tensor) -> Tensor:
