@@ -100,7 +100,8 @@ class _Parameters(ctypes.Structure):
 def supports(inputs: ScanInputs) -> bool:
     """Whether these kernels can run the scan, gradients included."""
     x = inputs.x
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and x.shape[0] < _ROWS):
+    rows = _rows_of(x, inputs.cu_seqlens)
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and rows < _ROWS):
         return False
     large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
     small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
@@ -199,7 +200,7 @@ class Call:
                 *(_floats(t) for t in plans),
                 _floats(inputs.initial_state),
                 inputs.valid,
-                None,
+                _bounds(inputs.cu_seqlens, inputs.x.device),
             ),
             inputs.delta_softplus,
             layouts or _layouts(inputs.x.device.index, inputs.A.shape[1]),
@@ -212,8 +213,7 @@ class Call:
     @property
     def rows(self) -> int:
         """How many sequences there are."""
-        bounds = self.tensors[13]
-        return self.tensors[0].shape[0] if bounds is None else len(bounds) - 1
+        return _rows_of(self.tensors[0], self.tensors[13])
 
     @property
     def chunks(self) -> int:
@@ -224,7 +224,7 @@ class Call:
         return x.shape[1] // chunk + self.rows
 
     def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gives y, the final states, and the states (chunks, N, D) that the backward starts from."""
+        """Gives y, the final states, and the saved states (chunks, N, D)."""
         x, A = self.tensors[0], self.tensors[7]
         channels, states = A.shape
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -332,6 +332,10 @@ def _kernel(
     )
 
 
+def _rows_of(x: Tensor, ends: Tensor | None) -> int:
+    return x.shape[0] if ends is None else len(ends) - 1
+
+
 def _dense(tensor: Tensor | None) -> Any:
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
@@ -340,6 +344,10 @@ def _dense(tensor: Tensor | None) -> Any:
 
 def _floats(tensor: Tensor | None) -> Any:
     return tensor if tensor is None else tensor.float().contiguous()
+
+
+def _bounds(ends: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if ends is None else ends.to(device, torch.int64).contiguous()
 
 
 def _aligned(tensor: Tensor) -> bool:
