@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
@@ -14,15 +13,7 @@ from widefield.ops.selective_scan import reference
 from widefield.plan import LayerPlan, ScanInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
-    ),
-]
+pytestmark = pytest.mark.triton
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LENGTHS = [1, 63] if INTERPRETED else [1, 63, 1000]
 OPTIONS = ["D", "z", "bias", "state", "valid", "floor", "scale", "decay"]
