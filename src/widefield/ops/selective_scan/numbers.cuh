@@ -97,6 +97,10 @@ __device__ __forceinline__ float sigmoid(float v) {
     return (v < 0.0f ? small : 1.0f) * reciprocal(1.0f + small);
 }
 
+__device__ __forceinline__ float silu(float z) {
+    return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
+}
+
 // As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
 __device__ __noinline__ bool below_floor(float v, float scale, float floor, bool softplus,
                                          bool scaled) {

@@ -13,6 +13,9 @@
 // then takes the tiles from the last to the first.
 //
 //   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND   see numbers.cuh
+//   X_TOKEN DELTA_TOKEN B_TOKEN C_TOKEN Z_TOKEN   strides from token to token, in elements: known
+//             here, they cost no instructions
+//   CHANNELS  of a row
 //   STATES    any number
 //   PER_LANE  channels a lane: 1 or 2
 //   TILE      tokens: 4, 8 or 16
@@ -31,6 +34,7 @@ constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
 constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
 constexpr int SQUARE = STATES * TILE;      // B or C of a tile
 constexpr int TILES = CHUNK / TILE;
+constexpr bool EVEN = CHANNELS % (WARPS * SPAN) == 0;  // all channels of all blocks exist
 constexpr int LOADS = (SQUARE + 31) / 32;  // numbers of B or C that a lane fetches
 
 static_assert(CHUNK % TILE == 0 && TILE % 4 == 0, "tiles do not fit");
@@ -47,9 +51,8 @@ struct Parameters {
     void *dx, *ddelta, *dz;
     float *dA, *dB, *dC, *dskip, *dbias, *dinitial;
     i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
-    i64 x_token, delta_token, B_token, C_token, z_token, valid_token;
-    i64 length, part;
-    int channels, floor_row, scale_row, decay_row;
+    i64 valid_token, length, part;
+    int floor_row, scale_row, decay_row;
 };
 
 // Which tokens a row has, among those of the tensors.
@@ -77,11 +80,12 @@ template <int KIND>
 struct Raw {
     u32 word[KIND == 0 ? PER_LANE : 1];
 
+    template <bool SURE>
     __device__ __forceinline__ void load(const void* from, int count) {
 #pragma unroll
         for (u32& w : word) w = 0;
         if (PER_LANE == 2 && WIDE) {
-            if (count <= 0) return;
+            if (!SURE && count <= 0) return;
             if (KIND == 0) {
                 uint2 both = *static_cast<const uint2*>(from);
                 word[0] = both.x, word[PER_LANE - 1] = both.y;
@@ -92,7 +96,7 @@ struct Raw {
         }
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) {
-            if (c >= count) continue;
+            if (!SURE && c >= count) continue;
             if (KIND == 0)
                 word[c] = static_cast<const u32*>(from)[c];
             else
@@ -106,10 +110,10 @@ struct Raw {
     }
 };
 
-template <int KIND>
+template <int KIND, bool SURE>
 __device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int count) {
     if (PER_LANE == 2 && WIDE) {
-        if (count <= 0) return;
+        if (!SURE && count <= 0) return;
         if (KIND == 0)
             *static_cast<float2*>(to) = make_float2(v[0], v[PER_LANE - 1]);
         else
@@ -118,7 +122,7 @@ __device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int 
     }
 #pragma unroll
     for (int c = 0; c < PER_LANE; c++) {
-        if (c >= count) continue;
+        if (!SURE && c >= count) continue;
         if (KIND == 0)
             static_cast<float*>(to)[c] = v[c];
         else
@@ -126,23 +130,22 @@ __device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int 
     }
 }
 
-// Where a lane's numbers of a tensor lie: the first token's address, and the way to the next.
-template <int KIND>
+// Where a lane's numbers of a tensor lie.
+template <int KIND, i64 TOKEN>
 struct Stream {
-    const char* from;
-    u32 step;
+    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
+    const char* from;  // of the row's first token
 
-    __device__ __forceinline__ void place(const void* base, i64 element, i64 token_stride) {
-        from = static_cast<const char*>(base) + element * BYTES<KIND>;
-        step = static_cast<u32>(token_stride) * BYTES<KIND>;
+    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first, int channel) {
+        from = static_cast<const char*>(base) + (row_at + first * TOKEN + channel) * BYTES<KIND>;
     }
-    __device__ __forceinline__ const char* tile(i64 token) const { return from + token * step; }
-
+    template <bool FULL>
     __device__ __forceinline__ void load(Raw<KIND> (&to)[TILE], i64 token, int rows,
                                          int count) const {
-        const char* here = tile(token);
+        const char* here = from + token * STEP;
 #pragma unroll
-        for (int t = 0; t < TILE; t++) to[t].load(here + t * step, t < rows ? count : 0);
+        for (int t = 0; t < TILE; t++)
+            to[t].template load<FULL && EVEN>(here + t * STEP, FULL || t < rows ? count : 0);
     }
 };
 
@@ -171,24 +174,24 @@ __device__ __forceinline__ void read_square(float (&to)[TILE], const float* from
 }
 
 // B or C of a tile, on its way to shared memory.
-template <int KIND>
+template <int KIND, i64 TOKEN>
 struct Projection {
+    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
     const char* from;
-    u32 step;
     u32 number[LOADS];
 
-    __device__ __forceinline__ void place(const void* base, i64 element, i64 token_stride) {
-        from = static_cast<const char*>(base) + element * BYTES<KIND>;
-        step = static_cast<u32>(token_stride) * BYTES<KIND>;
+    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first) {
+        from = static_cast<const char*>(base) + (row_at + first * TOKEN) * BYTES<KIND>;
     }
+    template <bool FULL>
     __device__ __forceinline__ void load(i64 token, int rows, int lane) {
-        const char* here = from + token * step;
+        const char* here = from + token * STEP;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             int t = (lane + 32 * i) / STATES, n = (lane + 32 * i) % STATES;
-            const char* at = here + t * step + n * BYTES<KIND>;
+            const char* at = here + t * STEP + n * BYTES<KIND>;
             number[i] = 0;
-            if (t >= rows || t >= TILE) continue;
+            if ((!FULL && t >= rows) || t >= TILE) continue;
             number[i] = KIND == 0 ? *reinterpret_cast<const u32*>(at)
                                   : *reinterpret_cast<const u16*>(at);
         }
@@ -206,23 +209,22 @@ struct Projection {
 struct Lane {
     int lane, channel, count;  // the first of its channels, and how many of them exist
     float bias[PER_LANE], scale[PER_LANE], floor[PER_LANE], skip[PER_LANE];
-    Stream<X_KIND> x;
-    Stream<DELTA_KIND> delta;
-    Stream<Z_KIND> z;
+    Stream<X_KIND, X_TOKEN> x;
+    Stream<DELTA_KIND, DELTA_TOKEN> delta;
+    Stream<Z_KIND, Z_TOKEN> z;
     const u8* valid;
-    u32 valid_step;
+    i64 valid_step;
 
     __device__ __forceinline__ Lane(const Parameters& p, const Row& row) {
         lane = threadIdx.x % 32;
         int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
         channel = (blockIdx.x * WARPS + warp) * SPAN + lane * PER_LANE;
-        count = max(0, min(PER_LANE, p.channels - channel));
-        x.place(p.x, row.batch * p.x_row + row.first * p.x_token + channel, p.x_token);
-        delta.place(p.delta, row.batch * p.delta_row + row.first * p.delta_token + channel,
-                    p.delta_token);
-        if (HAS_Z) z.place(p.z, row.batch * p.z_row + row.first * p.z_token + channel, p.z_token);
+        count = EVEN ? PER_LANE : max(0, min(PER_LANE, CHANNELS - channel));
+        x.place(p.x, row.batch * p.x_row, row.first, channel);
+        delta.place(p.delta, row.batch * p.delta_row, row.first, channel);
+        if (HAS_Z) z.place(p.z, row.batch * p.z_row, row.first, channel);
         if (VALID) valid = p.valid + row.batch * p.valid_row;
-        valid_step = VALID ? static_cast<u32>(p.valid_token) : 0;
+        valid_step = VALID ? p.valid_token : 0;
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) {
             int d = channel + c;
@@ -235,8 +237,9 @@ struct Lane {
     }
 
     // Whether there is a token t in the tile and it is no padding.
+    template <bool FULL>
     __device__ __forceinline__ bool open(i64 token, int t, int rows) const {
-        return t < rows && (!VALID || valid[(token + t) * valid_step]);
+        return (FULL || t < rows) && (!VALID || valid[(token + t) * valid_step]);
     }
     __device__ __forceinline__ bool frozen(float v, float step, int c) const {
         if (!FLOOR) return false;
@@ -274,22 +277,20 @@ __device__ __forceinline__ void place_rates(float* to, const Parameters& p, cons
 }
 
 // The columns of a lane from or to (row, channel, state).
-__device__ __forceinline__ void columns_from(float* to, const float* from, const Lane& at, i64 row,
-                                             int channels) {
+__device__ __forceinline__ void columns_from(float* to, const float* from, const Lane& at, i64 row) {
 #pragma unroll
     for (int c = 0; c < PER_LANE; c++)
         for (int n = 0; n < STATES; n++)
             to[n * SPAN + c] =
-                from && c < at.count ? from[(row * channels + at.channel + c) * STATES + n] : 0.0f;
+                from && c < at.count ? from[(row * CHANNELS + at.channel + c) * STATES + n] : 0.0f;
 }
 
-__device__ __forceinline__ void columns_to(float* to, const float* from, const Lane& at, i64 row,
-                                           int channels) {
+__device__ __forceinline__ void columns_to(float* to, const float* from, const Lane& at, i64 row) {
 #pragma unroll
     for (int c = 0; c < PER_LANE; c++)
         for (int n = 0; n < STATES; n++)
             if (c < at.count)
-                to[(row * channels + at.channel + c) * STATES + n] = from[n * SPAN + c];
+                to[(row * CHANNELS + at.channel + c) * STATES + n] = from[n * SPAN + c];
 }
 
 #if !BACKWARD
@@ -301,8 +302,8 @@ struct Forward {
     Row row;
     Lane at;
     float *A, *h, *B, *C;  // A and h: the lane's columns
-    Projection<B_KIND> B_from;
-    Projection<C_KIND> C_from;
+    Projection<B_KIND, B_TOKEN> B_from;
+    Projection<C_KIND, C_TOKEN> C_from;
     char* y;
 
     __device__ __forceinline__ Forward(const Parameters& given, float* shared)
@@ -311,21 +312,21 @@ struct Forward {
         h = A + COLUMNS;
         B = shared + 2 * COLUMNS;
         C = B + SQUARE;
-        B_from.place(p.B, row.batch * p.B_row + row.first * p.B_token, p.B_token);
-        C_from.place(p.C, row.batch * p.C_row + row.first * p.C_token, p.C_token);
+        B_from.place(p.B, row.batch * p.B_row, row.first);
+        C_from.place(p.C, row.batch * p.C_row, row.first);
         y = static_cast<char*>(p.y) +
-            ((row.batch * p.length + row.first) * p.channels + at.channel) * BYTES<X_KIND>;
+            ((row.batch * p.length + row.first) * CHANNELS + at.channel) * BYTES<X_KIND>;
         place_rates(A, p, at, row);
-        columns_from(h, INITIAL ? p.initial : nullptr, at, row.row, p.channels);
+        columns_from(h, INITIAL ? p.initial : nullptr, at, row.row);
     }
 
     __device__ __forceinline__ void save(int chunk) const {
-        float* to = p.saved + (row.chunk + chunk) * STATES * p.channels + at.channel;
+        float* to = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
 #pragma unroll 4
         for (int n = 0; n < STATES; n++)
 #pragma unroll
             for (int c = 0; c < PER_LANE; c++)
-                if (c < at.count) to[static_cast<i64>(n) * p.channels + c] = h[n * SPAN + c];
+                if (c < at.count) to[static_cast<i64>(n) * CHANNELS + c] = h[n * SPAN + c];
     }
 
     __device__ __forceinline__ void advance(const float (&step)[PER_LANE][TILE],
@@ -350,23 +351,23 @@ struct Forward {
         }
     }
 
-    __device__ __forceinline__ void tile(i64 token) {
-        int rows = rows_of(row.length - token);
+    template <bool FULL>
+    __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        at.delta.load(delta, token, rows, at.count);
-        at.x.load(x, token, rows, at.count);
-        B_from.load(token, rows, at.lane);
-        C_from.load(token, rows, at.lane);
-        if (HAS_Z) at.z.load(z, token, rows, at.count);
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
+        C_from.template load<FULL>(token, rows, at.lane);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE], sum[PER_LANE][TILE];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            bool open = at.open(token, t, rows);
+            bool open = at.template open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
                 float value;
@@ -377,18 +378,18 @@ struct Forward {
         }
         __syncwarp();
         advance(step, written, sum);
-        char* to = y + token * p.channels * BYTES<X_KIND>;
+        char* to = y + token * CHANNELS * BYTES<X_KIND>;
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             float out[PER_LANE];
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
                 out[k] = sum[k][t];
-                if (HAS_Z) out[k] *= z[t].at(k) * sigmoid(z[t].at(k));
-                if (VALID && !at.open(token, t, rows)) out[k] = 0.0f;
+                if (HAS_Z) out[k] *= silu(z[t].at(k));
+                if (VALID && !at.template open<FULL>(token, t, rows)) out[k] = 0.0f;
             }
-            store<X_KIND>(to + t * static_cast<u32>(p.channels) * BYTES<X_KIND>, out,
-                          t < rows ? at.count : 0);
+            store<X_KIND, FULL && EVEN>(to + t * CHANNELS * BYTES<X_KIND>, out,
+                                        FULL || t < rows ? at.count : 0);
         }
     }
 
@@ -396,9 +397,13 @@ struct Forward {
 #pragma unroll 1
         for (i64 token = 0; token < row.length; token += TILE) {
             if (SAVE && token % CHUNK == 0) save(static_cast<int>(token / CHUNK));
-            tile(token);
+            int rows = rows_of(row.length - token);
+            if (rows == TILE)
+                tile<true>(token, TILE);
+            else
+                tile<false>(token, rows);
         }
-        columns_to(p.final, h, at, row.row, p.channels);
+        columns_to(p.final, h, at, row.row);
     }
 };
 
@@ -448,9 +453,9 @@ struct Backward {
     float *A, *G, *dA, *before, *B, *C;  // the first four: the lane's columns
     float *sums, *all_sums;              // of this warp, of the block; two sets in turn
     int set, warp;
-    Projection<B_KIND> B_from;
-    Projection<C_KIND> C_from;
-    Stream<X_KIND> dy;
+    Projection<B_KIND, B_TOKEN> B_from;
+    Projection<C_KIND, C_TOKEN> C_from;
+    Stream<X_KIND, CHANNELS> dy;
     i64 out;  // of the row's first token and the lane's first channel in a dense tensor
     float dskip[PER_LANE], dbias[PER_LANE];
 
@@ -467,41 +472,42 @@ struct Backward {
         all_sums = shared + WARPS * WARP_SHARED;
         sums = all_sums + warp * SUMS;
         set = 0;
-        B_from.place(p.B, row.batch * p.B_row + row.first * p.B_token, p.B_token);
-        C_from.place(p.C, row.batch * p.C_row + row.first * p.C_token, p.C_token);
-        out = (row.batch * p.length + row.first) * p.channels + at.channel;
-        dy.place(p.dy, out, p.channels);
+        B_from.place(p.B, row.batch * p.B_row, row.first);
+        C_from.place(p.C, row.batch * p.C_row, row.first);
+        out = (row.batch * p.length + row.first) * CHANNELS + at.channel;
+        dy.place(p.dy, row.batch * p.length * CHANNELS, row.first, at.channel);
         place_rates(A, p, at, row);
-        columns_from(G, p.dfinal, at, row.row, p.channels);
-        columns_from(dA, nullptr, at, row.row, p.channels);
+        columns_from(G, p.dfinal, at, row.row);
+        columns_from(dA, nullptr, at, row.row);
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
     }
 
     __device__ __forceinline__ void restore(int chunk) {
-        const float* from = p.saved + (row.chunk + chunk) * STATES * p.channels + at.channel;
+        const float* from = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
 #pragma unroll 8
         for (int n = 0; n < STATES; n++)
 #pragma unroll
             for (int c = 0; c < PER_LANE; c++)
                 before[n * SPAN + c] =
-                    c < at.count ? from[static_cast<i64>(n) * p.channels + c] : 0.0f;
+                    c < at.count ? from[static_cast<i64>(n) * CHANNELS + c] : 0.0f;
     }
 
     // The states before the tile behind this one.
     __device__ __forceinline__ void sweep(i64 token, int tile) {
-        int rows = rows_of(row.length - token);
+        constexpr bool FULL = true;  // there is a tile behind it
+        constexpr int rows = TILE;
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
-        at.delta.load(delta, token, rows, at.count);
-        at.x.load(x, token, rows, at.count);
-        B_from.load(token, rows, at.lane);
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
         __syncwarp();
         B_from.spread(B, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            bool open = at.open(token, t, rows);
+            bool open = at.template open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
                 float value;
@@ -533,29 +539,30 @@ struct Backward {
         float y[PER_LANE][TILE], into[PER_LANE][TILE], through[PER_LANE][TILE];
     };
 
+    template <bool FULL>
     __device__ __forceinline__ void read(Tile& of, i64 token, int rows) {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        at.delta.load(delta, token, rows, at.count);
-        at.x.load(x, token, rows, at.count);
-        B_from.load(token, rows, at.lane);
-        C_from.load(token, rows, at.lane);
-        if (HAS_Z) at.z.load(z, token, rows, at.count);
-        dy.load(given, token, rows, at.count);
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
+        C_from.template load<FULL>(token, rows, at.lane);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        dy.template load<FULL>(given, token, rows, at.count);
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            bool open = at.open(token, t, rows);
+            bool open = at.template open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
                 float value;
                 at.make(of.step[k][t], value, delta[t], x[t], k, open);
                 of.written[k][t] = of.step[k][t] * value;
                 float slope = given[t].at(k);
-                if (HAS_Z) slope *= z[t].at(k) * sigmoid(z[t].at(k));
+                if (HAS_Z) slope *= silu(z[t].at(k));
                 of.dy[k][t] = VALID && !open ? 0.0f : slope;
                 of.y[k][t] = of.into[k][t] = of.through[k][t] = 0.0f;
             }
@@ -609,21 +616,23 @@ struct Backward {
         if (at.lane < TILE) to[0] = dB, to[SQUARE] = dC;
     }
 
+    template <bool FULL>
     __device__ __forceinline__ void write(const Tile& of, i64 token, int rows) {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        at.delta.load(delta, token, rows, at.count);
-        at.x.load(x, token, rows, at.count);
-        if (HAS_Z) at.z.load(z, token, rows, at.count);
-        if (HAS_Z) dy.load(given, token, rows, at.count);
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        if (HAS_Z) dy.template load<FULL>(given, token, rows, at.count);
+        i64 at_tile = out + token * CHANNELS;
         float dskip_here[PER_LANE], dbias_here[PER_LANE];
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) dskip_here[k] = dbias_here[k] = 0.0f;
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            bool open = at.open(token, t, rows);
-            int count = t < rows ? at.count : 0;
+            bool open = at.template open<FULL>(token, t, rows);
+            int count = FULL || t < rows ? at.count : 0;
             float dx[PER_LANE], ddelta[PER_LANE], dz[PER_LANE];
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
@@ -648,10 +657,10 @@ struct Backward {
                     if (VALID && !open) dz[k] = 0.0f;
                 }
             }
-            i64 to = out + (token + t) * p.channels;
-            store<X_KIND>(static_cast<char*>(p.dx) + to * BYTES<X_KIND>, dx, count);
-            store<DELTA_KIND>(static_cast<char*>(p.ddelta) + to * BYTES<DELTA_KIND>, ddelta, count);
-            if (HAS_Z) store<Z_KIND>(static_cast<char*>(p.dz) + to * BYTES<Z_KIND>, dz, count);
+            i64 to = at_tile + t * CHANNELS;
+            store<X_KIND, FULL && EVEN>(static_cast<char*>(p.dx) + to * BYTES<X_KIND>, dx, count);
+            store<DELTA_KIND, FULL && EVEN>(static_cast<char*>(p.ddelta) + to * BYTES<DELTA_KIND>, ddelta, count);
+            if (HAS_Z) store<Z_KIND, FULL && EVEN>(static_cast<char*>(p.dz) + to * BYTES<Z_KIND>, dz, count);
         }
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) dskip[k] += dskip_here[k], dbias[k] += dbias_here[k];
@@ -673,14 +682,13 @@ struct Backward {
         set ^= 1;
     }
 
-    __device__ __forceinline__ void tile(i64 token, const float* from) {
-        int rows = rows_of(row.length - token);
-        if (rows == 0) return;
+    template <bool FULL>
+    __device__ __forceinline__ void tile(i64 token, int rows, const float* from) {
         Tile of;
-        read(of, token, rows);
+        read<FULL>(of, token, rows);
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
-        write(of, token, rows);
+        write<FULL>(of, token, rows);
         flush(token, rows);
     }
 
@@ -693,17 +701,23 @@ struct Backward {
             for (int i = 0; i < TILES - 1; i++)
                 if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
 #pragma unroll 1
-            for (int i = TILES - 1; i >= 0; i--) tile(first + i * TILE, before + i * COLUMNS);
+            for (int i = TILES - 1; i >= 0; i--) {
+                int rows = rows_of(row.length - first - i * TILE);
+                if (rows == TILE)
+                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS);
+                else if (rows > 0)
+                    tile<false>(first + i * TILE, rows, before + i * COLUMNS);
+            }
         }
         finish();
     }
 
     __device__ __forceinline__ void finish() const {
-        columns_to(p.dinitial, G, at, row.row, p.channels);
+        columns_to(p.dinitial, G, at, row.row);
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {
             if (k >= at.count) continue;
-            i64 d = row.row * p.channels + at.channel + k;
+            i64 d = row.row * CHANNELS + at.channel + k;
             float scale = DECAY ? p.decay[row.row * p.decay_row + at.channel + k] : 1.0f;
             for (int n = 0; n < STATES; n++) p.dA[d * STATES + n] = dA[n * SPAN + k] * scale;
             p.dskip[d] = dskip[k];

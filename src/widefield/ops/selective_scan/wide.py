@@ -24,7 +24,6 @@ __all__ = ["Layout", "backward_layout", "forward_layout", "selective_scan", "sup
 _SOURCE = Path(__file__).with_name("wide.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATES = 256
-_FAR = 1 << 22  # elements from token to token: lanes count bytes within a tile in 32 bits
 _ROWS = 1 << 16  # of a grid
 _READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 
@@ -90,10 +89,8 @@ class _Parameters(ctypes.Structure):
             "dA", "dB", "dC", "dskip", "dbias", "dinitial",
         )),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
-        *((f"{name}_token", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
-        ("length", ctypes.c_longlong),
-        ("part", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("channels", "floor_row", "scale_row", "decay_row")),
+        *((name, ctypes.c_longlong) for name in ("valid_token", "length", "part")),
+        *((name, ctypes.c_int) for name in ("floor_row", "scale_row", "decay_row")),
     )  # fmt: skip
 
 
@@ -107,7 +104,6 @@ def supports(inputs: ScanInputs) -> bool:
     small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
     return (
         all(t.dtype in _KINDS for t in large + small)
-        and all(t.stride(1) < _FAR for t in large)
         and inputs.A.dtype == torch.float32
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and _nvrtc.available(x.device.index)
@@ -272,8 +268,9 @@ class Call:
         return tuple(0 if t is None else _KINDS[t.dtype] for t in self.tensors[:7])
 
     def _flags(self, backward: bool, save: bool, layout: Layout) -> tuple[tuple[str, int], ...]:
-        x, delta, _, _, z, skip, bias, _, floor, scale, decay, initial, valid, bounds = self.tensors
+        x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, bounds = self.tensors
         large = (x, delta, z)
+        tokens = {"X": x, "DELTA": delta, "B": B, "C": C, "Z": z}
         present = {
             "HAS_SKIP": skip, "HAS_Z": z, "HAS_BIAS": bias, "FLOOR": floor, "SCALE": scale,
             "DECAY": decay, "VALID": valid, "INITIAL": initial, "PACKED": bounds,
@@ -284,6 +281,8 @@ class Call:
             ("SAVE", save),
             ("BACKWARD", backward),
             ("EXACT", x.dtype == torch.float32),
+            ("CHANNELS", x.shape[2]),
+            *((f"{name}_TOKEN", 0 if t is None else t.stride(1)) for name, t in tokens.items()),
             ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
         )
 
@@ -295,10 +294,9 @@ class Call:
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(0 if t is None else t.stride(0) for t in strided),
-            *(0 if t is None else t.stride(1) for t in strided),
+            0 if valid is None else valid.stride(1),
             x.shape[1],
             x.shape[0] * x.shape[1],
-            x.shape[2],
             *(0 if t is None or t.ndim == 1 else t.shape[1] for t in self.tensors[8:11]),
         )
 
