@@ -15,8 +15,28 @@ from widefield.ops import _nvrtc
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
+    "multiply_add",
 )  # fmt: skip
-_PACKS = """
+_EMULATED = """
+static void everyones(float (&of)[32], float mine) {
+    Warp& warp = warps[current / 32];
+    std::memcpy(&warp.values[current % 32], &mine, 4);
+    __syncwarp();
+    std::memcpy(of, warp.values, sizeof of);
+    __syncwarp();
+}
+static float cut(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+static void multiply_add(float (&d)[4], const float* a, float b0, float b1) {
+    float A[4][32], B[2][32];
+    for (int i = 0; i < 4; i++) everyones(A[i], cut(a[i]));
+    everyones(B[0], cut(b0)), everyones(B[1], cut(b1));
+    unsigned lane = current % 32;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 8; k++) {
+            unsigned column = lane % 4 * 2 + i % 2;
+            d[i] += A[k / 4 * 2 + i / 2][lane / 4 * 4 + k % 4] * B[k / 4][column * 4 + k % 4];
+        }
+}
 static unsigned pack_bfloat16(float low, float high) {
     return rounded(low, true) | rounded(high, true) << 16;
 }
@@ -55,7 +75,7 @@ def _translated(source: str, name: str, threads: int, shared: int) -> str:
         "extern __shared__ __align__(16) float buffers[];", "float* buffers = emulated_shared;"
     )
     return f"""#include "{_HEADER.name}"
-{_PACKS}
+{_EMULATED}
 {source}
 static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
 extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{

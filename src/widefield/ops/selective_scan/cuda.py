@@ -1,7 +1,7 @@
-"""The selective scan on a GPU: in Triton; in CUDA C++ (native.py) where that is asked for.
+"""The selective scan on a GPU: which of its kernels runs, and the one in Triton.
 
-The forward in CUDA C++ is many times faster, and is used inside `use_backend("nvrtc")` where no
-gradient is wanted.
+There are three. wide.py, in CUDA C++, is for many rows, and for gradients; native.py, in CUDA C++,
+for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
 
 In Triton, one program runs a block of channels of one sequence from its first to its last token and
 keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
@@ -11,6 +11,7 @@ states inside each, and never stores all of them.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._backend import wants_cuda_cpp
-from widefield.ops.selective_scan import native
+from widefield.ops.selective_scan import native, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
+_MANY = 12_000  # channels of all rows together
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -480,11 +482,25 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    traced = torch.compiler.is_compiling()
-    plain = not traced and not _wants_gradients(inputs)
-    if wants_cuda_cpp() and plain and native.supports(inputs):
-        return native.selective_scan(inputs, plan or LayerPlan())
-    return triton_scan(inputs, plan)
+    kernel = _chosen(inputs)
+    if kernel is None:
+        return triton_scan(inputs, plan)
+    return kernel.selective_scan(inputs, plan or LayerPlan())
+
+
+def _chosen(inputs: ScanInputs) -> ModuleType | None:
+    """The module in CUDA C++ that runs the scan, or None for Triton."""
+    if torch.compiler.is_compiling() or not wants_cuda_cpp():
+        return None
+    few = not _wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
+    if few and native.supports(inputs):
+        return native
+    return wide if wide.supports(inputs) else None
+
+
+def _are_many(inputs: ScanInputs) -> bool:
+    """Whether the rows are enough for a lane a channel; measured, see benchmarks/LOG.md."""
+    return inputs.x.shape[0] * inputs.x.shape[2] >= _MANY
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:

@@ -84,21 +84,14 @@ __device__ __forceinline__ float log_above_one(float u, float more) {
     return fmaf(p, u, more);
 }
 
-__device__ __forceinline__ float exp_of_minus(float size) {
-    return exp_of(EXACT ? fmaxf(-size, -100.0f) : -size);
-}
-
 __device__ __forceinline__ float softplus(float v) {
-    return log_above_one(exp_of_minus(fabsf(v)), max_or_nan(v, 0.0f));
+    float n = -fabsf(v);
+    return log_above_one(exp_of(EXACT ? fmaxf(n, -100.0f) : n), max_or_nan(v, 0.0f));
 }
 
 __device__ __forceinline__ float sigmoid(float v) {
-    float small = exp_of_minus(fabsf(v));
-    return (v < 0.0f ? small : 1.0f) * reciprocal(1.0f + small);
-}
-
-__device__ __forceinline__ float silu(float z) {
-    return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
+    if (EXACT && v < -87.0f) return 0.0f;
+    return reciprocal(1.0f + exp_of(-v));
 }
 
 // As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.

@@ -260,6 +260,27 @@ struct Lane {
     }
 };
 
+#ifndef WAY
+#define WAY 0
+#endif
+__device__ __forceinline__ float decay_of(float step, float rate) {
+    float p = step * rate;
+    if (WAY == 0) return exp2_fast(p);
+    if (WAY == 1) {
+        float rest = fmaf(step, rate, -p), power = exp2_fast(p);
+        return fmaf(power, rest * LN2, power);
+    }
+    p = fmaxf(p, -126.0f);
+    float magic = p + 12582912.0f, f = p - (magic - 12582912.0f);
+    float r = fmaf(f, 0.00015326471475418657f, 0.0013390806270763278f);
+    r = fmaf(f, r, 0.009618505835533142f);
+    r = fmaf(f, r, 0.05550359934568405f);
+    r = fmaf(f, r, 0.24022647738456726f);
+    r = fmaf(f, r, 0.6931471824645996f);
+    r = fmaf(f, r, 1.0f);
+    return __uint_as_float(__float_as_uint(r) + (__float_as_uint(magic) << 23));
+}
+
 // The rates of a lane's channels, for exp2, into its columns.
 __device__ __forceinline__ void place_rates(float* to, const Parameters& p, const Lane& at,
                                             const Row& row) {
@@ -343,7 +364,7 @@ struct Forward {
             for (int t = 0; t < TILE; t++)
 #pragma unroll
                 for (int k = 0; k < PER_LANE; k++) {
-                    float decay = exp2_fast(step[k][t] * rate[k]);
+                    float decay = decay_of(step[k][t], rate[k]);
                     state[k] = fmaf(decay, state[k], written[k][t] * b[t]);
                     sum[k][t] = fmaf(c[t], state[k], sum[k][t]);
                 }
@@ -385,7 +406,7 @@ struct Forward {
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
                 out[k] = sum[k][t];
-                if (HAS_Z) out[k] *= silu(z[t].at(k));
+                if (HAS_Z) out[k] *= z[t].at(k) * sigmoid(z[t].at(k));
                 if (VALID && !at.template open<FULL>(token, t, rows)) out[k] = 0.0f;
             }
             store<X_KIND, FULL && EVEN>(to + t * CHANNELS * BYTES<X_KIND>, out,
@@ -419,32 +440,93 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 constexpr int WARP_SHARED = (3 + TILES) * COLUMNS + 2 * SQUARE;
 constexpr int SUMS = 2 * SQUARE;  // of one warp's channels: gradients of B, then of C, of a tile
 
-// Adds up each of TILE numbers over the lanes of a warp. Two lanes that differ in one bit hold sums
-// of two sets of tokens: each keeps one set, and gets the other lane's part of it.
-__device__ __forceinline__ float sum_over_lanes(float (&v)[TILE], int lane) {
-    int bit = 1;
+// Two lanes that differ in one bit hold sums of two sets of numbers: each keeps one set, and gets the
+// other lane's part of it.
+template <int HALF, int COUNT>
+__device__ __forceinline__ void exchange(float (&v)[COUNT], int lane, int bit) {
+    bool upper = lane & bit;
 #pragma unroll
-    for (int half = TILE / 2; half; half /= 2, bit *= 2) {
-        bool upper = lane & bit;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            float given = upper ? v[i] : v[i + half];
-            v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(~0u, given, bit);
-        }
+    for (int i = 0; i < HALF; i++) {
+        float given = upper ? v[i] : v[i + HALF];
+        v[i] = (upper ? v[i + HALF] : v[i]) + __shfl_xor_sync(~0u, given, bit);
     }
-#pragma unroll
-    for (; bit < 32; bit *= 2) v[0] += __shfl_xor_sync(~0u, v[0], bit);
-    return v[0];
 }
 
-// Which token's sum a lane has then.
-__device__ __forceinline__ int token_of(int lane) {
-    int token = 0;
-#pragma unroll
-    for (int half = TILE / 2, bit = 1; half; half /= 2, bit *= 2)
-        if (lane & bit) token += half;
-    return token;
+__device__ __forceinline__ float with_other(float v, int bit) {
+    return v + __shfl_xor_sync(~0u, v, bit);
 }
+
+// d += a · b, 16 × 8 × 8; a and b are cut to 11 significant bits.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const float* a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// The sums over a warp's channels of one state in a tile: the gradients of C, then those of B.
+// Where those are bfloat16 anyhow, tensor cores add up fours of lanes: the numbers of four tokens
+// are a matrix, the other one has ones in two columns and chooses where the sums go.
+#ifndef ROUGH
+#define ROUGH (B_KIND == 1 && C_KIND == 1)
+#endif
+struct OverChannels {
+    static constexpr int COUNT = 2 * TILE;
+    static constexpr int PARTS = (COUNT + 15) / 16;
+    float exact[2], rough[PARTS][4];
+
+    __device__ __forceinline__ OverChannels() {
+#pragma unroll
+        for (int i = 0; i < PARTS * 4; i++) rough[i / 4][i % 4] = 0.0f;
+    }
+    __device__ __forceinline__ void add(int which, float (&v)[TILE], int lane) {
+        if (ROUGH) {
+#pragma unroll
+            for (int i = 0; i < TILE / 4; i++) {
+                int quad = which * TILE / 4 + i, column = lane / 4;
+                multiply_add(rough[quad / 4], v + 4 * i, column == quad % 4 * 2 ? 1.0f : 0.0f,
+                             column == quad % 4 * 2 + 1 ? 1.0f : 0.0f);
+            }
+            return;
+        }
+        if (TILE >= 16) exchange<TILE / 2>(v, lane, 8);
+        if (TILE >= 8) exchange<TILE >= 16 ? 4 : TILE / 2>(v, lane, 4);
+        exchange<2>(v, lane, 2);
+        exchange<1>(v, lane, 1);
+        float sum = v[0];
+#pragma unroll
+        for (int bit = TILE; bit < 32; bit *= 2) sum = with_other(sum, bit);
+        exact[which] = sum;
+    }
+    // The rows of `to` are tokens, first those of the gradients of B.
+    __device__ __forceinline__ void store(float* to, int lane) {
+        if (ROUGH) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                float(&v)[4] = rough[part];
+                exchange<2>(v, lane, 4);
+                exchange<1>(v, lane, 8);
+                float sum = with_other(v[0], 16);
+                int item = part * 16 + token_of(lane);
+                bool of_C = item < TILE;
+                if (lane < 16 && item < COUNT)
+                    to[(of_C ? item + TILE : item - TILE) * STATES] = sum;
+            }
+            return;
+        }
+        if (lane < TILE) {
+            to[token_of(lane) * STATES] = exact[1];
+            to[(token_of(lane) + TILE) * STATES] = exact[0];
+        }
+    }
+    // Whose sum a lane is left with.
+    __device__ __forceinline__ static int token_of(int lane) {
+        if (ROUGH) return lane % 4 * 4 + (lane & 4 ? 1 : 0) + (lane & 8 ? 2 : 0);
+        int low = (lane & 2 ? 2 : 0) + (lane & 1);
+        return low + (TILE >= 8 && lane & 4 ? 4 : 0) + (TILE >= 16 && lane & 8 ? 8 : 0);
+    }
+};
 
 struct Backward {
     const Parameters& p;
@@ -527,7 +609,7 @@ struct Backward {
             for (int t = 0; t < TILE; t++)
 #pragma unroll
                 for (int k = 0; k < PER_LANE; k++)
-                    state[k] = fmaf(exp2_fast(step[k][t] * rate[k]), state[k],
+                    state[k] = fmaf(decay_of(step[k][t], rate[k]), state[k],
                                     written[k][t] * b[t]);
             write_column(before + (tile + 1) * COLUMNS + n * SPAN, state);
         }
@@ -562,7 +644,7 @@ struct Backward {
                 at.make(of.step[k][t], value, delta[t], x[t], k, open);
                 of.written[k][t] = of.step[k][t] * value;
                 float slope = given[t].at(k);
-                if (HAS_Z) slope *= silu(z[t].at(k));
+                if (HAS_Z) slope *= z[t].at(k) * sigmoid(z[t].at(k));
                 of.dy[k][t] = VALID && !open ? 0.0f : slope;
                 of.y[k][t] = of.into[k][t] = of.through[k][t] = 0.0f;
             }
@@ -582,13 +664,14 @@ struct Backward {
         for (int t = 0; t < TILE; t++)
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
-                decay[k][t] = exp2_fast(of.step[k][t] * rate[k]);
+                decay[k][t] = decay_of(of.step[k][t], rate[k]);
                 kept[k][t] = decay[k][t] * now[k];
                 now[k] = fmaf(of.written[k][t], b[t], kept[k][t]);
                 of.y[k][t] = fmaf(c[t], now[k], of.y[k][t]);
                 part[t] = k ? fmaf(of.dy[k][t], now[k], part[t]) : of.dy[k][t] * now[k];
             }
-        float dC = sum_over_lanes(part, at.lane);
+        OverChannels over;
+        over.add(0, part, at.lane);
         float grad[PER_LANE], rate_grad[PER_LANE];
         read_column(grad, G + n * SPAN);
 #pragma unroll
@@ -611,9 +694,8 @@ struct Backward {
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) rate_grad[k] += before_now[k];
         write_column(dA + n * SPAN, rate_grad);
-        float dB = sum_over_lanes(part, at.lane);
-        float* to = sums + set * WARPS * SUMS + token_of(at.lane) * STATES + n;
-        if (at.lane < TILE) to[0] = dB, to[SQUARE] = dC;
+        over.add(1, part, at.lane);
+        over.store(sums + set * WARPS * SUMS + n, at.lane);
     }
 
     template <bool FULL>

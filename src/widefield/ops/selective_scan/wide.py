@@ -105,7 +105,7 @@ def supports(inputs: ScanInputs) -> bool:
     return (
         all(t.dtype in _KINDS for t in large + small)
         and inputs.A.dtype == torch.float32
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and _fits(x.device.index, inputs.A.shape[1])
         and _nvrtc.available(x.device.index)
     )
 
@@ -299,6 +299,14 @@ class Call:
             x.shape[0] * x.shape[1],
             *(0 if t is None or t.ndim == 1 else t.shape[1] for t in self.tensors[8:11]),
         )
+
+
+@functools.cache
+def _fits(device: int, states: int) -> bool:
+    """Whether the GPU has bfloat16, and shared memory for so many states."""
+    chip = torch.cuda.get_device_properties(device)
+    needed = _layouts(device, states)[1].shared_bytes(states, backward=True)
+    return chip.major >= 8 and needed <= chip.shared_memory_per_block_optin
 
 
 @functools.cache
