@@ -749,19 +749,25 @@ struct Backward {
     }
 
     // The block's share of the gradients of B and C, once all of its warps are there.
+    template <bool FULL>
     __device__ __forceinline__ void flush(i64 token, int rows) {
         __syncthreads();
         const float* from = all_sums + set * WARPS * SUMS;
         i64 to = (blockIdx.x * p.part + row.batch * p.length + row.first + token) * STATES;
-        for (int i = threadIdx.x; i < SUMS; i += WARPS * 32) {
-            int item = i % SQUARE;
-            if (item >= rows * STATES) continue;
-            float total = 0.0f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) total += from[w * SUMS + i];
-            (i < SQUARE ? p.dB : p.dC)[to + item] = total;
+        for (int start = 0; start < SQUARE; start += WARPS * 32) {
+            int item = start + threadIdx.x;
+            if (item >= (FULL ? SQUARE : rows * STATES)) continue;
+            p.dB[to + item] = over_warps(from + item);
+            p.dC[to + item] = over_warps(from + SQUARE + item);
         }
         set ^= 1;
+    }
+    __device__ __forceinline__ static float over_warps(const float* from) {
+        float total = from[0];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) total += from[w * SUMS];
+        return total;
     }
 
     template <bool FULL>
@@ -771,7 +777,7 @@ struct Backward {
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
         write<FULL>(of, token, rows);
-        flush(token, rows);
+        flush<FULL>(token, rows);
     }
 
     __device__ __forceinline__ void run() {
