@@ -16,8 +16,10 @@ _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
     "multiply_add",
+    "prefetch",
 )  # fmt: skip
 _EMULATED = """
+static void prefetch(const void*) {}
 static void everyones(float (&of)[32], float mine) {
     Warp& warp = warps[current / 32];
     std::memcpy(&warp.values[current % 32], &mine, 4);

@@ -49,6 +49,10 @@ __device__ __forceinline__ u32 pack_half(float low, float high) {
     return r;
 }
 
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
 __device__ __forceinline__ float exp_of(float v) {
     float product = v * LOG2E;

@@ -34,6 +34,13 @@ constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
 constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
 constexpr int SQUARE = STATES * TILE;      // B or C of a tile
 constexpr int TILES = CHUNK / TILE;
+#ifndef UNROLL
+#define UNROLL 1
+#endif
+#ifndef UNROLLF
+#define UNROLLF 1
+#endif
+constexpr int AT_ONCE = UNROLL, FORWARD_AT_ONCE = UNROLLF;
 constexpr bool EVEN = CHANNELS % (WARPS * SPAN) == 0;  // all channels of all blocks exist
 constexpr int LOADS = (SQUARE + 31) / 32;  // numbers of B or C that a lane fetches
 
@@ -130,6 +137,18 @@ __device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int 
     }
 }
 
+// Into the level-2 cache, sector by sector, the lanes by turns.
+template <int TOKENS, int SECTORS>
+__device__ __forceinline__ void ask_for(const char* from, i64 step, i64 tokens, int lane, int numbers,
+                                        int per_sector) {
+#pragma unroll
+    for (int i = 0; i < TOKENS * SECTORS; i += 32) {
+        int t = (i + lane) / SECTORS, sector = (i + lane) % SECTORS;
+        if (t < TOKENS && t < tokens && (EVEN || sector * per_sector < numbers))
+            prefetch(from + t * step + sector * 32);
+    }
+}
+
 // Where a lane's numbers of a tensor lie.
 template <int KIND, i64 TOKEN>
 struct Stream {
@@ -138,6 +157,14 @@ struct Stream {
 
     __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first, int channel) {
         from = static_cast<const char*>(base) + (row_at + first * TOKEN + channel) * BYTES<KIND>;
+    }
+    // Ask for TOKENS of the warp's rows, as far as they lie before `end`.
+    template <int TOKENS>
+    __device__ __forceinline__ void ask(i64 token, i64 end, int lane, int channel) const {
+        constexpr int PER_SECTOR = 32 / BYTES<KIND>;
+        ask_for<TOKENS, SPAN / PER_SECTOR>(from - lane * PER_LANE * BYTES<KIND> + token * STEP, STEP,
+                                           end - token, lane,
+                                           CHANNELS - channel + lane * PER_LANE, PER_SECTOR);
     }
     template <bool FULL>
     __device__ __forceinline__ void load(Raw<KIND> (&to)[TILE], i64 token, int rows,
@@ -182,6 +209,12 @@ struct Projection {
 
     __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first) {
         from = static_cast<const char*>(base) + (row_at + first * TOKEN) * BYTES<KIND>;
+    }
+    template <int TOKENS>
+    __device__ __forceinline__ void ask(i64 token, i64 end, int lane) const {
+        constexpr int SECTORS = (STATES * BYTES<KIND> + 31) / 32;
+        ask_for<TOKENS, SECTORS>(from + token * STEP, STEP, end - token, lane, STATES,
+                                 32 / BYTES<KIND>);
     }
     template <bool FULL>
     __device__ __forceinline__ void load(i64 token, int rows, int lane) {
@@ -261,24 +294,13 @@ struct Lane {
 };
 
 #ifndef WAY
-#define WAY 0
+#define WAY 3
 #endif
 __device__ __forceinline__ float decay_of(float step, float rate) {
-    float p = step * rate;
-    if (WAY == 0) return exp2_fast(p);
-    if (WAY == 1) {
-        float rest = fmaf(step, rate, -p), power = exp2_fast(p);
-        return fmaf(power, rest * LN2, power);
-    }
-    p = fmaxf(p, -126.0f);
-    float magic = p + 12582912.0f, f = p - (magic - 12582912.0f);
-    float r = fmaf(f, 0.00015326471475418657f, 0.0013390806270763278f);
-    r = fmaf(f, r, 0.009618505835533142f);
-    r = fmaf(f, r, 0.05550359934568405f);
-    r = fmaf(f, r, 0.24022647738456726f);
-    r = fmaf(f, r, 0.6931471824645996f);
-    r = fmaf(f, r, 1.0f);
-    return __uint_as_float(__float_as_uint(r) + (__float_as_uint(magic) << 23));
+    // The GPU's exp2 of numbers up to 0 is too small by 2e-8 to 5e-8 on average, which thousands of
+    // products along a sequence add up. What is added here makes good for it, and leaves exp2(0) 1.
+    if (WAY == 3) return exp2_fast(fmaf(step, rate, 3.6e-8f));
+    return exp2_fast(step * rate);
 }
 
 // The rates of a lane's channels, for exp2, into its columns.
@@ -353,7 +375,7 @@ struct Forward {
     __device__ __forceinline__ void advance(const float (&step)[PER_LANE][TILE],
                                             const float (&written)[PER_LANE][TILE],
                                             float (&sum)[PER_LANE][TILE]) {
-#pragma unroll 1
+#pragma unroll FORWARD_AT_ONCE
         for (int n = 0; n < STATES; n++) {
             float rate[PER_LANE], state[PER_LANE], b[TILE], c[TILE];
             read_column(rate, A + n * SPAN);
@@ -372,6 +394,14 @@ struct Forward {
         }
     }
 
+    __device__ __forceinline__ void ask_ahead(i64 token) const {
+        at.delta.template ask<TILE>(token, row.length, at.lane, at.channel);
+        at.x.template ask<TILE>(token, row.length, at.lane, at.channel);
+        if (HAS_Z) at.z.template ask<TILE>(token, row.length, at.lane, at.channel);
+        B_from.template ask<TILE>(token, row.length, at.lane);
+        C_from.template ask<TILE>(token, row.length, at.lane);
+    }
+
     template <bool FULL>
     __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
@@ -382,6 +412,7 @@ struct Forward {
         B_from.template load<FULL>(token, rows, at.lane);
         C_from.template load<FULL>(token, rows, at.lane);
         if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        if (FULL) ask_ahead(token + TILE);
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
@@ -573,6 +604,21 @@ struct Backward {
             for (int c = 0; c < PER_LANE; c++)
                 before[n * SPAN + c] =
                     c < at.count ? from[static_cast<i64>(n) * CHANNELS + c] : 0.0f;
+    }
+
+    // Everything that the chunk before this one is made of.
+    __device__ __forceinline__ void ask_ahead(int chunk) const {
+        i64 token = static_cast<i64>(chunk) * CHUNK;
+        at.delta.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        at.x.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        if (HAS_Z) at.z.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        dy.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        B_from.template ask<CHUNK>(token, row.length, at.lane);
+        C_from.template ask<CHUNK>(token, row.length, at.lane);
+        int first = at.channel - at.lane * PER_LANE;
+        const float* saved = p.saved + (row.chunk + chunk) * STATES * CHANNELS + first;
+        ask_for<STATES, SPAN / 8>(reinterpret_cast<const char*>(saved), CHANNELS * 4, STATES, at.lane,
+                                  CHANNELS - first, 8);
     }
 
     // The states before the tile behind this one.
@@ -774,7 +820,7 @@ struct Backward {
     __device__ __forceinline__ void tile(i64 token, int rows, const float* from) {
         Tile of;
         read<FULL>(of, token, rows);
-#pragma unroll 1
+#pragma unroll AT_ONCE
         for (int n = 0; n < STATES; n++) state(of, n, from);
         write<FULL>(of, token, rows);
         flush<FULL>(token, rows);
@@ -785,6 +831,7 @@ struct Backward {
         for (int chunk = row.chunks() - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
             restore(chunk);
+            if (chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
                 if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
