@@ -492,7 +492,7 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
     if torch.compiler.is_compiling() or not wants_cuda_cpp():
         return None
-    few = not _wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
+    few = not wide.wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
     if few and native.supports(inputs):
         return native
     return wide if wide.supports(inputs) else None
@@ -510,11 +510,3 @@ def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Ten
         inputs.delta_bias, inputs.initial_state, inputs.delta_softplus, inputs.valid,
         inputs.cu_seqlens, plan,
     )  # fmt: skip
-
-
-def _wants_gradients(inputs: ScanInputs) -> bool:
-    tensors = (
-        inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
-        inputs.delta_bias, inputs.initial_state,
-    )  # fmt: skip
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -34,8 +34,11 @@ constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
 constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
 constexpr int SQUARE = STATES * TILE;      // B or C of a tile
 constexpr int TILES = CHUNK / TILE;
+#ifndef ASK
+#define ASK 1
+#endif
 #ifndef UNROLL
-#define UNROLL 1
+#define UNROLL 2
 #endif
 #ifndef UNROLLF
 #define UNROLLF 1
@@ -412,7 +415,7 @@ struct Forward {
         B_from.template load<FULL>(token, rows, at.lane);
         C_from.template load<FULL>(token, rows, at.lane);
         if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
-        if (FULL) ask_ahead(token + TILE);
+        if (ASK && FULL) ask_ahead(token + TILE);
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
@@ -831,7 +834,7 @@ struct Backward {
         for (int chunk = row.chunks() - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
             restore(chunk);
-            if (chunk > 0) ask_ahead(chunk - 1);
+            if (ASK && chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
                 if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);

@@ -19,7 +19,14 @@ from torch import Tensor
 from widefield.ops import _nvrtc
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "backward_layout", "forward_layout", "selective_scan", "supports"]
+__all__ = [
+    "Layout",
+    "backward_layout",
+    "forward_layout",
+    "selective_scan",
+    "supports",
+    "wants_gradients",
+]
 
 _SOURCE = Path(__file__).with_name("wide.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -66,7 +73,7 @@ def forward_layout(states: int, shared: int) -> Layout:
 
 def backward_layout(states: int, shared: int) -> Layout:
     """The same for the backward."""
-    return _fitted(Layout(blocks=3), states, shared, backward=True)
+    return _fitted(Layout(tile=8, chunk=16, blocks=3), states, shared, backward=True)
 
 
 def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
@@ -92,6 +99,10 @@ class _Parameters(ctypes.Structure):
         *((name, ctypes.c_longlong) for name in ("valid_token", "length", "part")),
         *((name, ctypes.c_int) for name in ("floor_row", "scale_row", "decay_row")),
     )  # fmt: skip
+
+
+# The pointers behind those of a call's own tensors.
+_MADE = [name for name, kind in _Parameters._fields_ if kind is ctypes.c_void_p][14:]
 
 
 def supports(inputs: ScanInputs) -> bool:
@@ -120,9 +131,23 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor, Tensor]
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    return _Scan.apply(
+    if not wants_gradients(inputs):
+        with torch.no_grad():
+            return Call.prepare(inputs, plan).forward(save=False)[:2]
+    return _Scan.apply(*_leaves(inputs), inputs, plan)
+
+
+def wants_gradients(inputs: ScanInputs) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in _leaves(inputs)
+    )
+
+
+def _leaves(inputs: ScanInputs) -> tuple[Tensor | None, ...]:
+    return (
         inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
-        inputs.delta_bias, inputs.initial_state, inputs, plan,
+        inputs.delta_bias, inputs.initial_state,
     )  # fmt: skip
 
 
@@ -134,18 +159,11 @@ class _Scan(torch.autograd.Function):
         D: Tensor | None, z: Tensor | None, bias: Tensor | None, initial: Tensor | None,
         inputs: ScanInputs, plan: LayerPlan,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        call = Call.prepare(
-            inputs.replace(
-                x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=bias, initial_state=initial
-            ),
-            plan,
-        )
-        save = any(ctx.needs_input_grad)
-        y, final, saved = call.forward(save)
-        if save:
-            ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
-            ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
-            ctx.wanted = (D is not None, z is not None, bias is not None, initial is not None)
+        call = Call.prepare(inputs, plan)
+        y, final, saved = call.forward(save=True)
+        ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
+        ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
+        ctx.wanted = (D is not None, z is not None, bias is not None, initial is not None)
         return y, final
 
     @staticmethod
@@ -289,8 +307,7 @@ class Call:
     def _parameters(self, more: Mapping[str, Tensor | None]) -> _Parameters:
         x, delta, B, C, z, *_, valid, _ = self.tensors
         strided = (x, delta, B, C, z, valid)
-        names = [name for name, kind in _Parameters._fields_ if kind is ctypes.c_void_p]
-        pointers = (*self.tensors, *(more.get(name) for name in names[14:]))
+        pointers = (*self.tensors, *(more.get(name) for name in _MADE))
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(0 if t is None else t.stride(0) for t in strided),
