@@ -69,7 +69,9 @@ def triton_scan(inputs: ScanInputs) -> Tensor:
 
 
 def mamba_ssm_scan(inputs: ScanInputs) -> Tensor:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.selective_scan_interface import (  # type: ignore[import-not-found]
+        selective_scan_fn,
+    )
 
     def turned(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.transpose(1, 2)

@@ -102,7 +102,7 @@ class _Parameters(ctypes.Structure):
 
 
 # The pointers behind those of a call's own tensors.
-_MADE = [name for name, kind in _Parameters._fields_ if kind is ctypes.c_void_p][14:]
+_MADE = [field[0] for field in _Parameters._fields_ if field[1] is ctypes.c_void_p][14:]
 
 
 def supports(inputs: ScanInputs) -> bool:
@@ -163,7 +163,7 @@ class _Scan(torch.autograd.Function):
         y, final, saved = call.forward(save=True)
         ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
         ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
-        ctx.wanted = (D is not None, z is not None, bias is not None, initial is not None)
+        ctx.has_initial = initial is not None
         return y, final
 
     @staticmethod
@@ -173,16 +173,8 @@ class _Scan(torch.autograd.Function):
         call = replace(
             ctx.call, tensors=tuple(next(given) if there else None for there in ctx.saved)
         )
-        dx, ddelta, dA, dB, dC, dskip, dz, dbias, dinitial = call.backward(dy, dfinal, saved)
-        has_skip, has_z, has_bias, has_initial = ctx.wanted
-        return (
-            dx, ddelta, dA, dB, dC,
-            dskip if has_skip else None,
-            dz if has_z else None,
-            dbias if has_bias else None,
-            dinitial if has_initial else None,
-            None, None,
-        )  # fmt: skip
+        *gradients, dinitial = call.backward(dy, dfinal, saved)
+        return *gradients, dinitial if ctx.has_initial else None, None, None
 
 
 @dataclass(frozen=True)
@@ -247,29 +239,26 @@ class Call:
         self._launch(False, save, {"y": y, "final": final, "saved": saved})
         return y, final, saved
 
-    def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, Δ, A, B, C, skip, z, bias and the initial state."""
         x, delta, B, C, z, skip, bias, A = self.tensors[:8]
-        channels, states = A.shape
-        blocks = -(-channels // self.layouts[1].channels)
-        dense = {"dx": x, "ddelta": delta, "dz": z}
-        out = {
-            name: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for name, t in dense.items()
-        }
-        out |= {name: A.new_empty(self.rows, channels, states) for name in ("dA", "dinitial")}
-        out |= {name: A.new_empty(self.rows, channels) for name in ("dskip", "dbias")}
-        out |= {name: A.new_empty(blocks, *B.shape) for name in ("dB", "dC")}
-        given = {"dy": dy.contiguous(), "dfinal": dfinal.contiguous(), "saved": saved}
-        self._launch(True, False, {**given, **out})
-        kinds = {"dA": A, "dB": B, "dC": C, "dskip": skip, "dbias": bias}
-        sums = {
-            name: out[name].sum(0).to(A.dtype if like is None else like.dtype)
-            for name, like in kinds.items()
-        }
+        dx, ddelta, dz = (None if t is None else _new_like(t) for t in (x, delta, z))
+        row = A.new_empty(2, self.rows, A.shape[0])
+        dA, dinitial = A.new_empty(2, self.rows, *A.shape)
+        blocks = -(-A.shape[0] // self.layouts[1].channels)
+        dB, dC = A.new_empty(2, blocks, *B.shape)
+        made = {
+            "dy": dy.contiguous(), "dfinal": dfinal.contiguous(), "saved": saved,
+            "dx": dx, "ddelta": ddelta, "dz": dz, "dA": dA, "dinitial": dinitial,
+            "dB": dB, "dC": dC, "dskip": row[0], "dbias": row[1],
+        }  # fmt: skip
+        self._launch(True, False, made)
         return (
-            out["dx"], out["ddelta"], sums["dA"], sums["dB"], sums["dC"], sums["dskip"],
-            out["dz"], sums["dbias"], out["dinitial"],
+            dx, ddelta, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
+            None if skip is None else row[0].sum(0).to(skip.dtype),
+            dz,
+            None if bias is None else row[1].sum(0).to(bias.dtype),
+            dinitial,
         )  # fmt: skip
 
     def _launch(self, backward: bool, save: bool, more: Mapping[str, Tensor | None]) -> None:
@@ -353,6 +342,11 @@ def _kernel(
     return _nvrtc.build(
         _SOURCE, "selective_scan_wide", macros, threads=32 * layout.warps, shared=shared
     )
+
+
+def _new_like(tensor: Tensor) -> Tensor:
+    """Dense, however the tensor lies."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _rows_of(x: Tensor, ends: Tensor | None) -> int:
