@@ -25,7 +25,6 @@ from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
-_MANY = 12_000  # channels of all rows together
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -499,8 +498,13 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
 
 
 def _are_many(inputs: ScanInputs) -> bool:
-    """Whether the rows are enough for a lane a channel; measured, see benchmarks/LOG.md."""
-    return inputs.x.shape[0] * inputs.x.shape[2] >= _MANY
+    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel.
+
+    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
+    """
+    x = inputs.x
+    chip = torch.cuda.get_device_properties(x.device)
+    return x.shape[0] * x.shape[2] >= 4 * 32 * chip.multi_processor_count
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
