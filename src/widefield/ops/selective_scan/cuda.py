@@ -489,7 +489,7 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
-    if torch.compiler.is_compiling() or not wants_cuda_cpp():
+    if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
     few = not wide.wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
     if few and native.supports(inputs):
