@@ -211,6 +211,11 @@ class TestAnywhere:
         inputs, plan = everything(scan_inputs(2, 50, 72))
         check(moved(inputs, DEVICE), plan.to(DEVICE), (layout, layout))
 
+    def test_more_chunks_than_are_summed_up_in_one_go(self) -> None:
+        short = wide.Layout(per_lane=1, tile=4, chunk=4, warps=1, blocks=1)
+        inputs, plan = usual(scan_inputs(1, 4 * 130 + 1, 32, 2))
+        check(moved(inputs, DEVICE), plan, (short, short))
+
     @pytest.mark.parametrize("states", [1, 8, 20])
     def test_any_number_of_states(self, states: int) -> None:
         inputs, plan = everything(scan_inputs(2, 30, 33, states))
@@ -229,6 +234,8 @@ class TestAnywhere:
             found = results(wide.selective_scan, inputs, LayerPlan(delta_floor=floor))
         for name in ("dx", "ddelta", "dB", "dA", "ddelta_bias"):
             assert torch.equal(found[name], torch.zeros_like(found[name])), name
+        assert inputs.initial_state is not None
+        assert torch.equal(found["state"], inputs.initial_state)
         for name in ("dC", "dz", "dinitial_state"):
             assert bool((found[name] != 0).any()), name
 

@@ -34,16 +34,6 @@ constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
 constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
 constexpr int SQUARE = STATES * TILE;      // B or C of a tile
 constexpr int TILES = CHUNK / TILE;
-#ifndef ASK
-#define ASK 1
-#endif
-#ifndef UNROLL
-#define UNROLL 2
-#endif
-#ifndef UNROLLF
-#define UNROLLF 1
-#endif
-constexpr int AT_ONCE = UNROLL, FORWARD_AT_ONCE = UNROLLF;
 constexpr bool EVEN = CHANNELS % (WARPS * SPAN) == 0;  // all channels of all blocks exist
 constexpr int LOADS = (SQUARE + 31) / 32;  // numbers of B or C that a lane fetches
 
@@ -296,14 +286,11 @@ struct Lane {
     }
 };
 
-#ifndef WAY
-#define WAY 3
-#endif
+// The GPU's exp2 of numbers up to 0 is too small, by 6e-9 close to 0 and by 2e-8 further off, and
+// the products along a sequence add that up. What is added here makes good for most of it; exp2 of it
+// alone is still 1.
 __device__ __forceinline__ float decay_of(float step, float rate) {
-    // The GPU's exp2 of numbers up to 0 is too small by 2e-8 to 5e-8 on average, which thousands of
-    // products along a sequence add up. What is added here makes good for it, and leaves exp2(0) 1.
-    if (WAY == 3) return exp2_fast(fmaf(step, rate, 3.6e-8f));
-    return exp2_fast(step * rate);
+    return exp2_fast(fmaf(step, rate, 1.4e-8f));
 }
 
 // The rates of a lane's channels, for exp2, into its columns.
@@ -378,7 +365,7 @@ struct Forward {
     __device__ __forceinline__ void advance(const float (&step)[PER_LANE][TILE],
                                             const float (&written)[PER_LANE][TILE],
                                             float (&sum)[PER_LANE][TILE]) {
-#pragma unroll FORWARD_AT_ONCE
+#pragma unroll 2
         for (int n = 0; n < STATES; n++) {
             float rate[PER_LANE], state[PER_LANE], b[TILE], c[TILE];
             read_column(rate, A + n * SPAN);
@@ -397,14 +384,6 @@ struct Forward {
         }
     }
 
-    __device__ __forceinline__ void ask_ahead(i64 token) const {
-        at.delta.template ask<TILE>(token, row.length, at.lane, at.channel);
-        at.x.template ask<TILE>(token, row.length, at.lane, at.channel);
-        if (HAS_Z) at.z.template ask<TILE>(token, row.length, at.lane, at.channel);
-        B_from.template ask<TILE>(token, row.length, at.lane);
-        C_from.template ask<TILE>(token, row.length, at.lane);
-    }
-
     template <bool FULL>
     __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
@@ -415,7 +394,6 @@ struct Forward {
         B_from.template load<FULL>(token, rows, at.lane);
         C_from.template load<FULL>(token, rows, at.lane);
         if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
-        if (ASK && FULL) ask_ahead(token + TILE);
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
@@ -502,9 +480,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const float* a, floa
 // The sums over a warp's channels of one state in a tile: the gradients of C, then those of B.
 // Where those are bfloat16 anyhow, tensor cores add up fours of lanes: the numbers of four tokens
 // are a matrix, the other one has ones in two columns and chooses where the sums go.
-#ifndef ROUGH
-#define ROUGH (B_KIND == 1 && C_KIND == 1)
-#endif
+constexpr bool ROUGH = B_KIND == 1 && C_KIND == 1;
+
 struct OverChannels {
     static constexpr int COUNT = 2 * TILE;
     static constexpr int PARTS = (COUNT + 15) / 16;
@@ -595,18 +572,18 @@ struct Backward {
         place_rates(A, p, at, row);
         columns_from(G, p.dfinal, at, row.row);
         columns_from(dA, nullptr, at, row.row);
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
+        columns_from(before, nullptr, at, row.row);
+        forget_sums();
     }
 
+    // Begin to copy the states before a chunk; `before` must be of no more use to the last one.
     __device__ __forceinline__ void restore(int chunk) {
         const float* from = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
 #pragma unroll 8
         for (int n = 0; n < STATES; n++)
 #pragma unroll
             for (int c = 0; c < PER_LANE; c++)
-                before[n * SPAN + c] =
-                    c < at.count ? from[static_cast<i64>(n) * CHANNELS + c] : 0.0f;
+                if (c < at.count) copy_begin(before + n * SPAN + c, from + n * CHANNELS + c);
     }
 
     // Everything that the chunk before this one is made of.
@@ -820,47 +797,67 @@ struct Backward {
     }
 
     template <bool FULL>
-    __device__ __forceinline__ void tile(i64 token, int rows, const float* from) {
+    __device__ __forceinline__ void tile(i64 token, int rows, const float* from, int next) {
         Tile of;
         read<FULL>(of, token, rows);
-#pragma unroll AT_ONCE
+#pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
+        if (next >= 0) restore(next);
         write<FULL>(of, token, rows);
         flush<FULL>(token, rows);
     }
 
     __device__ __forceinline__ void run() {
+        int chunks = row.chunks();
+        if (chunks == 0) settle(true);
+        if (chunks > 0) restore(chunks - 1);
 #pragma unroll 1
-        for (int chunk = row.chunks() - 1; chunk >= 0; chunk--) {
+        for (int chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
-            restore(chunk);
-            if (ASK && chunk > 0) ask_ahead(chunk - 1);
+            copies_end();
+            if (chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
                 if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
 #pragma unroll 1
             for (int i = TILES - 1; i >= 0; i--) {
                 int rows = rows_of(row.length - first - i * TILE);
+                int next = i == 0 ? chunk - 1 : -1;
                 if (rows == TILE)
-                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS);
+                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS, next);
                 else if (rows > 0)
-                    tile<false>(first + i * TILE, rows, before + i * COLUMNS);
+                    tile<false>(first + i * TILE, rows, before + i * COLUMNS, next);
             }
+            if (chunk % SETTLED == 0) settle(chunk + SETTLED >= chunks);
         }
-        finish();
+        columns_to(p.dinitial, G, at, row.row);
     }
 
-    __device__ __forceinline__ void finish() const {
-        columns_to(p.dinitial, G, at, row.row);
+    __device__ __forceinline__ void forget_sums() {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
+    }
+
+    // Sums over tokens go to memory once in a while: fewer roundings in a row.
+    static constexpr int SETTLED = 64;  // chunks
+    __device__ __forceinline__ void settle(bool is_first) {
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {
             if (k >= at.count) continue;
             i64 d = row.row * CHANNELS + at.channel + k;
             float scale = DECAY ? p.decay[row.row * p.decay_row + at.channel + k] : 1.0f;
-            for (int n = 0; n < STATES; n++) p.dA[d * STATES + n] = dA[n * SPAN + k] * scale;
-            p.dskip[d] = dskip[k];
-            p.dbias[d] = dbias[k];
+#pragma unroll 1
+            for (int n = 0; n < STATES; n++) {
+                add(p.dA + d * STATES + n, dA[n * SPAN + k] * scale, is_first);
+                dA[n * SPAN + k] = 0.0f;
+            }
+            add(p.dskip + d, dskip[k], is_first);
+            add(p.dbias + d, dbias[k], is_first);
         }
+        forget_sums();
+    }
+    __device__ __forceinline__ static void add(float* to, float value, bool is_first) {
+        *to = is_first ? value : *to + value;
     }
 };
 

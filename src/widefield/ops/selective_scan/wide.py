@@ -32,6 +32,8 @@ _SOURCE = Path(__file__).with_name("wide.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATES = 256
 _ROWS = 1 << 16  # of a grid
+_SAVED = 1 << 30  # bytes of saved states from which on there are half as many
+_PAIRS = 1 << 16  # channels of all rows together from which on the forward takes two a lane
 _READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 
 
@@ -68,12 +70,12 @@ class Layout:
 
 def forward_layout(states: int, shared: int) -> Layout:
     """The layout of the forward where a block may have `shared` bytes of shared memory."""
-    return _fitted(Layout(), states, shared, backward=False)
+    return _fitted(Layout(chunk=16), states, shared, backward=False)
 
 
 def backward_layout(states: int, shared: int) -> Layout:
     """The same for the backward."""
-    return _fitted(Layout(tile=8, chunk=16, blocks=3), states, shared, backward=True)
+    return _fitted(Layout(chunk=16, blocks=2), states, shared, backward=True)
 
 
 def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
@@ -84,6 +86,17 @@ def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
     while layout.shared_bytes(states, backward) > shared and layout.chunk > layout.tile:
         layout = replace(layout, chunk=layout.chunk // 2)
     return layout
+
+
+def _layouts_of(inputs: ScanInputs) -> tuple[Layout, Layout]:
+    """Of the forward and the backward; measured on an H200, see benchmarks/LOG.md."""
+    x, states = inputs.x, inputs.A.shape[1]
+    forward, backward = _layouts(x.device.index, states)
+    if 4 * states * x.numel() > backward.chunk * _SAVED and states <= 32:
+        backward = replace(backward, chunk=2 * backward.chunk)
+    if x.shape[0] * x.shape[2] >= _PAIRS and states <= 32:
+        forward = replace(forward, per_lane=2, tile=8)
+    return replace(forward, chunk=backward.chunk), backward
 
 
 class _Parameters(ctypes.Structure):
@@ -209,7 +222,7 @@ class Call:
                 _bounds(inputs.cu_seqlens, inputs.x.device),
             ),
             inputs.delta_softplus,
-            layouts or _layouts(inputs.x.device.index, inputs.A.shape[1]),
+            layouts or _layouts_of(inputs),
         )
 
     def without_tensors(self) -> Call:
@@ -318,8 +331,7 @@ def _fits(device: int, states: int) -> bool:
 @functools.cache
 def _layouts(device: int, states: int) -> tuple[Layout, Layout]:
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    backward = backward_layout(states, shared)
-    return replace(forward_layout(states, shared), chunk=backward.chunk), backward
+    return forward_layout(states, shared), backward_layout(states, shared)
 
 
 @functools.cache
