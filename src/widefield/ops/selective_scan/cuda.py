@@ -502,9 +502,9 @@ def _are_many(inputs: ScanInputs) -> bool:
 
     Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
     """
-    x = inputs.x
-    chip = torch.cuda.get_device_properties(x.device)
-    return x.shape[0] * x.shape[2] >= 4 * 32 * chip.multi_processor_count
+    rows, channels = wide.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
+    chip = torch.cuda.get_device_properties(inputs.x.device)
+    return rows * channels >= 4 * 32 * chip.multi_processor_count
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:

@@ -49,22 +49,6 @@ __device__ __forceinline__ u32 pack_half(float low, float high) {
     return r;
 }
 
-__device__ __forceinline__ void prefetch(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
-// Copies to shared memory that go on in the background, until the thread waits for all of its own.
-__device__ __forceinline__ void copy_begin(float* to, const float* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                     static_cast<u32>(__cvta_generic_to_shared(to))),
-                 "l"(from)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copies_end() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
 __device__ __forceinline__ float exp_of(float v) {
     float product = v * LOG2E;

@@ -55,6 +55,22 @@ struct Parameters {
     int floor_row, scale_row, decay_row;
 };
 
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Copies to shared memory that go on in the background, until the thread waits for all of its own.
+__device__ __forceinline__ void copy_begin(float* to, const float* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                     static_cast<u32>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_end() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // Which tokens a row has, among those of the tensors.
 struct Row {
     i64 row, batch, first, length, chunk;

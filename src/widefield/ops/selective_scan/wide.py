@@ -23,6 +23,7 @@ __all__ = [
     "Layout",
     "backward_layout",
     "forward_layout",
+    "rows_of",
     "selective_scan",
     "supports",
     "wants_gradients",
@@ -94,7 +95,7 @@ def _layouts_of(inputs: ScanInputs) -> tuple[Layout, Layout]:
     forward, backward = _layouts(x.device.index, states)
     if 4 * states * x.numel() > backward.chunk * _SAVED and states <= 32:
         backward = replace(backward, chunk=2 * backward.chunk)
-    if x.shape[0] * x.shape[2] >= _PAIRS and states <= 32:
+    if rows_of(x, inputs.cu_seqlens) * x.shape[2] >= _PAIRS and states <= 32:
         forward = replace(forward, per_lane=2, tile=8)
     return replace(forward, chunk=backward.chunk), backward
 
@@ -121,7 +122,7 @@ _MADE = [field[0] for field in _Parameters._fields_ if field[1] is ctypes.c_void
 def supports(inputs: ScanInputs) -> bool:
     """Whether these kernels can run the scan, gradients included."""
     x = inputs.x
-    rows = _rows_of(x, inputs.cu_seqlens)
+    rows = rows_of(x, inputs.cu_seqlens)
     if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and rows < _ROWS):
         return False
     large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
@@ -232,7 +233,7 @@ class Call:
     @property
     def rows(self) -> int:
         """How many sequences there are."""
-        return _rows_of(self.tensors[0], self.tensors[13])
+        return rows_of(self.tensors[0], self.tensors[13])
 
     @property
     def chunks(self) -> int:
@@ -361,7 +362,8 @@ def _new_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _rows_of(x: Tensor, ends: Tensor | None) -> int:
+def rows_of(x: Tensor, ends: Tensor | None) -> int:
+    """How many sequences are scanned side by side."""
     return x.shape[0] if ends is None else len(ends) - 1
 
 
