@@ -407,6 +407,21 @@ def in_pieces(inputs: ScanInputs, size: int = 512) -> dict[str, Tensor]:
     return {"y": torch.cat(outputs, dim=1), "state": states[-1], **joined, **summed, **first}
 
 
+def test_long_sequences_save_half_as_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "_shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(wide, "_SAVED", 1 << 20)
+    wide._layouts.cache_clear()
+    few, many = (wide._layouts_of(scan_inputs(1, length, 64)) for length in (16, 8192))
+    assert [layout.chunk for layout in (*few, *many)] == [16, 16, 32, 32]
+
+
+def test_many_channels_are_two_a_lane_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "_shared_memory", lambda device: 232_448)
+    wide._layouts.cache_clear()
+    few, many = (wide._layouts_of(scan_inputs(rows, 2, 2048)) for rows in (1, 32))
+    assert [layout.per_lane for layout in (*few, *many)] == [1, 1, 2, 1]
+
+
 def test_a_cpu_tensor_is_not_supported() -> None:
     assert not wide.supports(scan_inputs(1, 10, 8))
 

@@ -93,8 +93,10 @@ def _layouts_of(inputs: ScanInputs) -> tuple[Layout, Layout]:
     """Of the forward and the backward; measured on an H200, see benchmarks/LOG.md."""
     x, states = inputs.x, inputs.A.shape[1]
     forward, backward = _layouts(x.device.index, states)
-    if 4 * states * x.numel() > backward.chunk * _SAVED and states <= 32:
-        backward = replace(backward, chunk=2 * backward.chunk)
+    if 4 * states * x.numel() > backward.chunk * _SAVED:
+        sparse = replace(backward, chunk=2 * backward.chunk)
+        if sparse.shared_bytes(states, backward=True) <= _shared_memory(x.device.index):
+            backward = sparse
     if rows_of(x, inputs.cu_seqlens) * x.shape[2] >= _PAIRS and states <= 32:
         forward = replace(forward, per_lane=2, tile=8)
     return replace(forward, chunk=backward.chunk), backward
@@ -256,13 +258,14 @@ class Call:
     def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, Δ, A, B, C, skip, z, bias and the initial state."""
         x, delta, B, C, z, skip, bias, A = self.tensors[:8]
+        dy = dy.contiguous()
         dx, ddelta, dz = (None if t is None else _new_like(t) for t in (x, delta, z))
         row = A.new_empty(2, self.rows, A.shape[0])
         dA, dinitial = A.new_empty(2, self.rows, *A.shape)
         blocks = -(-A.shape[0] // self.layouts[1].channels)
         dB, dC = A.new_empty(2, blocks, *B.shape)
         made = {
-            "dy": dy.contiguous(), "dfinal": dfinal.contiguous(), "saved": saved,
+            "dy": dy if _aligned(dy) else dy.clone(), "dfinal": dfinal.contiguous(), "saved": saved,
             "dx": dx, "ddelta": ddelta, "dz": dz, "dA": dA, "dinitial": dinitial,
             "dB": dB, "dC": dC, "dskip": row[0], "dbias": row[1],
         }  # fmt: skip
@@ -303,7 +306,7 @@ class Call:
             ("BACKWARD", backward),
             ("EXACT", x.dtype == torch.float32),
             ("CHANNELS", x.shape[2]),
-            *((f"{name}_TOKEN", 0 if t is None else t.stride(1)) for name, t in tokens.items()),
+            *((f"{name}_TOKEN", _step(t)) for name, t in tokens.items()),
             ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
         )
 
@@ -324,15 +327,21 @@ class Call:
 @functools.cache
 def _fits(device: int, states: int) -> bool:
     """Whether the GPU has bfloat16, and shared memory for so many states."""
-    chip = torch.cuda.get_device_properties(device)
     needed = _layouts(device, states)[1].shared_bytes(states, backward=True)
-    return chip.major >= 8 and needed <= chip.shared_memory_per_block_optin
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and needed <= _shared_memory(device)
 
 
 @functools.cache
 def _layouts(device: int, states: int) -> tuple[Layout, Layout]:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared = _shared_memory(device)
     return forward_layout(states, shared), backward_layout(states, shared)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache
@@ -355,6 +364,11 @@ def _kernel(
     return _nvrtc.build(
         _SOURCE, "selective_scan_wide", macros, threads=32 * layout.warps, shared=shared
     )
+
+
+def _step(tensor: Tensor | None) -> int:
+    """From token to token; one token's step may be any number, and is left out of the cache."""
+    return 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
 
 
 def _new_like(tensor: Tensor) -> Tensor:
