@@ -22,10 +22,12 @@
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float __uint_as_float(unsigned v) { float r; std::memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; std::memcpy(&r, &v, 4); return r; }
 static int __popc(unsigned v) { return __builtin_popcount(v); }
@@ -43,6 +45,8 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     unsigned values[32];
+    float operands[32][6];
+    const float* rows[32];
 };
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> over;
@@ -109,6 +113,39 @@ static unsigned rounded(float v, bool bfloat) {
     if (!bfloat) return half;
     unsigned bits = __float_as_uint(v);
     return std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// A product of 16 x 8 and 8 x 8 numbers of TF32: floats whose last 13 bits do not count. A lane gives
+// four of the first and two of the second.
+static void multiply(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    Warp& warp = warps[current / 32];
+    int lane = current % 32, given = 0;
+    for (float v : {a0, a1, a2, a3, b0, b1})
+        warp.operands[lane][given++] = __uint_as_float(__float_as_uint(v) & 0xffffe000u);
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 8; k++)
+            sum += static_cast<double>(warp.operands[row * 4 + k % 4][i / 2 + k / 4 * 2]) *
+                   warp.operands[column * 4 + k % 4][4 + k / 4];
+        d[i] = sum;
+    }
+    __syncwarp();
+}
+static void load_matrices(float (&to)[4], const float* row) {
+    Warp& warp = warps[current / 32];
+    int lane = current % 32;
+    warp.rows[lane] = row;
+    __syncwarp();
+    for (int m = 0; m < 4; m++) {
+        unsigned short numbers[2];
+        for (int i = 0; i < 2; i++)
+            std::memcpy(&numbers[i],
+                        reinterpret_cast<const char*>(warp.rows[8 * m + lane % 4 * 2 + i]) + lane / 4 * 2, 2);
+        to[m] = __uint_as_float(numbers[0] | unsigned(numbers[1]) << 16);
+    }
+    __syncwarp();
 }
 
 struct Barrier {

@@ -48,16 +48,20 @@ constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
 constexpr int DELTA_PITCH = TILE + 4;
+constexpr int PIECES_PITCH = 2 * TILE + 8;  // TENSOR: of a channel's Δ·x in two pieces
 constexpr int BC_PITCH = GROUP * 4 + 4;
+constexpr int B_FOUR = 40, C_FOUR = 32;  // TENSOR: four tokens of bfloat16; behind B's two rows of zeros
 constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
+constexpr int WRITTEN_SIZE = TENSOR ? CHANNELS * PIECES_PITCH + 8 : DELTA_SIZE;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
-constexpr int PARTS = STAGES == 3 ? 1 : GROUP >> STAGES;  // partial sums that finishers add up
-constexpr int PART_SIZE = TILE * CHANNELS + (STAGES == 3 ? 0 : STAGES == 0 ? 4 : 8);
+constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
+constexpr int PART_SIZE = TILE * CHANNELS + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
-constexpr int B_AT = 2 * DELTA_SIZE;
-constexpr int C_AT = B_AT + BC_SIZE;
-constexpr int SUM_AT = C_AT + BC_SIZE;
-constexpr int BUFFER = SUM_AT + PARTS * PART_SIZE;
+constexpr int B_AT = WRITTEN_AT + WRITTEN_SIZE;
+constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * B_FOUR : BC_SIZE);
+constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * C_FOUR : BC_SIZE);
+constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
+constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
 
 static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
               "lanes do not fit");
@@ -284,6 +288,12 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     } while (!__all_sync(~0u, ready != 0));
 }
 
+// A number that is kept in its register, not computed again.
+__device__ __forceinline__ int opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the
 // one before it: no warp may come to wait for a phase while the one before it is still open.
 struct Ring {
@@ -343,11 +353,24 @@ struct Projection {
         for (int i = 0; i < PIECES; i++) from.aim(i, token(i, lane), stride, state(i, lane));
     }
 
-    __device__ __forceinline__ void load(int rows, int lane) {
+    template <bool WHOLE, typename Wanted>
+    __device__ __forceinline__ void load(int rows, int lane, Wanted wanted) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            bool here = (WHOLE || token(i, lane) < rows) && wanted(token(i, lane));
+            piece[i].load(from.tile + from.offset[i], here ? COUNT : 0, WIDE_BC);
+        }
+        from.tile += from.advance;
+    }
+
+    // TENSOR: as they are, `four` words from four tokens to the next.
+    __device__ __forceinline__ void copy(float* to, int four) const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            piece[i].load(from.tile + from.offset[i], token(i, lane) < rows ? COUNT : 0, WIDE_BC);
-        from.tile += from.advance;
+            *reinterpret_cast<uint4*>(to + i * (TILE / PIECES / 4) * four) =
+                make_uint4(piece[i].word[0], piece[i].word[1 % Piece<KIND, COUNT>::WORDS],
+                           piece[i].word[2 % Piece<KIND, COUNT>::WORDS],
+                           piece[i].word[3 % Piece<KIND, COUNT>::WORDS]);
     }
 
     __device__ __forceinline__ void spread(float* to, int lane) const {
@@ -377,12 +400,23 @@ struct Projection {
 struct Pieces {
     int lane, first_channel, count;  // the block's channels: where they begin, how many exist
     i64 row;
+    u32 whole;  // tiles with all of their rows
+    int rest;   // rows of the tile behind them
+
+    __device__ __forceinline__ int rows(u32 tile) const {
+        return tile < whole ? TILE : tile == whole ? rest : 0;
+    }
 
     __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
     __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
     // How many of the piece's channels exist, if it lies in the first `rows` rows of the tile.
     __device__ __forceinline__ int present(int i, int rows) const {
         return token(i) < rows ? count - channel(i) : 0;
+    }
+    // How many to read: where a channel does not exist, `aim` has chosen another one.
+    template <bool WHOLE>
+    __device__ __forceinline__ int read(int i, int rows) const {
+        return WHOLE && WIDE ? 4 : present(i, rows);
     }
 
     template <int KIND>
@@ -392,7 +426,8 @@ struct Pieces {
         stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
                      tokens);
 #pragma unroll
-        for (int i = 0; i < QUADS; i++) stream.aim(i, token(i), token_stride, channel(i));
+        for (int i = 0; i < QUADS; i++)
+            stream.aim(i, token(i), token_stride, channel(i) < count ? channel(i) : 0);
     }
     template <typename Get>
     __device__ __forceinline__ void constants(float (&to)[QUADS][4], float absent, Get get) const {
@@ -408,7 +443,7 @@ struct Pieces {
 struct Valid {
     const u8* from;
     i64 token_stride, advance;
-    bool open[QUADS];
+    bool given[QUADS];
 
     __device__ __forceinline__ void place(const Parameters& p, const Pieces& at, i64 first,
                                           int tokens) {
@@ -416,16 +451,27 @@ struct Valid {
         token_stride = VALID ? p.valid_token : 0;
         advance = token_stride * tokens;
     }
+    __device__ __forceinline__ bool token(int t) const { return !VALID || from[t * token_stride]; }
     __device__ __forceinline__ void load(const Pieces& at, int rows) {
 #pragma unroll
-        for (int i = 0; i < QUADS; i++)
-            open[i] = at.token(i) < rows && (!VALID || from[at.token(i) * token_stride]);
+        for (int i = 0; i < QUADS; i++) given[i] = at.token(i) < rows && token(at.token(i));
         if (VALID) from += advance;
+    }
+    template <bool WHOLE>
+    __device__ __forceinline__ bool open(int i) const {
+        return (WHOLE && !VALID) || given[i];
     }
 };
 
-__device__ __forceinline__ int rows_of(i64 left) {
-    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
+// TENSOR: a float as two numbers of TF32, whose products with B are exact.
+__device__ __forceinline__ int pieces_at(int channel, int token) {
+    return WRITTEN_AT + channel * PIECES_PITCH + channel / 4 * 2 + token / 4 * 8 + token % 2 * 4 +
+           token / 2 % 2;
+}
+__device__ __forceinline__ void split(float* to, float v) {
+    float high = __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xffffe000u);
+    to[0] = high;
+    to[2] = v - high;
 }
 
 struct Producer {
@@ -438,8 +484,17 @@ struct Producer {
     Valid valid;
     Projection<B_KIND> B;
     Projection<C_KIND> C;
+    int delta_to[QUADS], pieces_to[QUADS], B_to, C_to;  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+        int t = B.token(0, at.lane), word = B.state(0, at.lane) / 2;
+        B_to = opaque(B_AT + t / 4 * B_FOUR + t % 4 * 8 + word);
+        C_to = opaque(C_AT + t / 4 * C_FOUR + t % 4 * 8 + word);
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            delta_to[i] = opaque(at.channel(i) * DELTA_PITCH + at.token(i));
+            pieces_to[i] = opaque(pieces_at(at.channel(i), at.token(i)));
+        }
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
         valid.place(p, at, first, STRIDE);
@@ -453,38 +508,52 @@ struct Producer {
                      [&](int c) { return FLOOR ? p.floor[at.row * p.floor_row + c] : 0.0f; });
     }
 
-    // Ask for the next tile, of which `rows` rows exist.
+    // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
+    template <bool WHOLE>
     __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int here = at.present(i, rows);
+            int here = at.read<WHOLE>(i, rows);
             delta[i].load(delta_from.tile + delta_from.offset[i], here, WIDE);
             x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
         }
+        // A product adds what another token wrote times 0: padding may not be NaN.
+        B.load<WHOLE>(rows, at.lane, [&](int t) { return !TENSOR || valid.token(t); });
+        C.load<WHOLE>(rows, at.lane, [](int) { return true; });
         valid.load(at, rows);
         delta_from.tile += delta_from.advance;
         x_from.tile += x_from.advance;
-        B.load(rows, at.lane);
-        C.load(rows, at.lane);
     }
 
     // Leave the tile in shared memory, as consumers read it.
+    template <bool WHOLE>
     __device__ __forceinline__ void make(float* buffer) const {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float* out = buffer + at.channel(i) * DELTA_PITCH + at.token(i);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float step = step_of(i, k);
-                step = valid.open[i] ? step : 0.0f;
+                step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
-                float written = VALID && !valid.open[i] ? 0.0f : step * x[i].at(k);
-                out[k * DELTA_PITCH] = step;
-                out[k * DELTA_PITCH + WRITTEN_AT] = written;
+                float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
+                float* to = buffer + delta_to[i] + k * DELTA_PITCH;
+                to[0] = step;
+                if (TENSOR)
+                    split(buffer + pieces_to[i] + k * PIECES_PITCH, written);
+                else
+                    to[WRITTEN_AT] = written;
             }
+            if (TENSOR && HAS_SKIP)
+                *reinterpret_cast<uint2*>(buffer + X_AT + 64 * i + 2 * at.lane) =
+                    make_uint2(x[i].word[0], x[i].word[1]);
         }
-        B.spread(buffer + B_AT, at.lane);
-        C.spread(buffer + C_AT, at.lane);
+        if (TENSOR) {
+            B.copy(buffer + B_to, B_FOUR);
+            C.copy(buffer + C_to, C_FOUR);
+        } else {
+            B.spread(buffer + B_AT, at.lane);
+            C.spread(buffer + C_AT, at.lane);
+        }
     }
 
     __device__ __forceinline__ float step_of(int i, int k) const {
@@ -505,17 +574,26 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
     of.at = at;
     of.place(p, static_cast<i64>(producer) * TILE);
     u32 tiles = tiles_of(p);
-    of.load(rows_of(p.length - static_cast<i64>(producer) * TILE));
+    of.load<false>(at.rows(producer));
     Ring at_slot(producer);
 #pragma unroll 1
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
+        float* buffer = buffers + at_slot.slot * BUFFER;
         if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
-        of.make(buffers + at_slot.slot * BUFFER);
+        if (tile < at.whole)
+            of.make<true>(buffer);
+        else
+            of.make<false>(buffer);
         barrier_arrive(full + at_slot.slot, at.lane);
         at_slot.advance(PRODUCER_COUNT);
-        of.load(rows_of(p.length - static_cast<i64>(tile + PRODUCER_COUNT) * TILE));
+        if (tile + PRODUCER_COUNT < at.whole)
+            of.load<true>(TILE);
+        else
+            of.load<false>(at.rows(tile + PRODUCER_COUNT));
     }
 }
+
+constexpr bool READS_X = HAS_SKIP && !TENSOR;  // else it is in the buffer
 
 struct Finisher {
     Pieces at;
@@ -529,28 +607,34 @@ struct Finisher {
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
         constexpr int tokens = FINISHER_COUNT * TILE;
         at.aim(y_to, p.y, p.length * p.channels, p.channels, first, tokens);
-        if (HAS_SKIP) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
+        if (READS_X) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
         if (HAS_Z) at.aim(z_from, p.z, p.z_row, p.z_token, first, tokens);
         valid.place(p, at, first, tokens);
         at.constants(skip, 0.0f,
                      [&](int c) { return HAS_SKIP ? number_at<SKIP_KIND>(p.skip, c) : 0.0f; });
     }
 
+    template <bool WHOLE>
     __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int here = at.present(i, rows);
-            if (HAS_SKIP) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
+            int here = at.read<WHOLE>(i, rows);
+            if (READS_X) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
             if (HAS_Z) z[i].load(z_from.tile + z_from.offset[i], here, WIDE);
         }
         valid.load(at, rows);
-        if (HAS_SKIP) x_from.tile += x_from.advance;
+        if (READS_X) x_from.tile += x_from.advance;
         if (HAS_Z) z_from.tile += z_from.advance;
     }
 
-    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) const {
+    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
+            if (HAS_SKIP && TENSOR) {
+                const uint2& read =
+                    *reinterpret_cast<const uint2*>(buffer + X_AT + 64 * i + 2 * at.lane);
+                x[i].word[0] = read.x, x[i].word[1] = read.y;
+            }
             const float* sums = buffer + SUM_AT + (at.lane + 32 * i) * 4;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
@@ -563,6 +647,7 @@ struct Finisher {
         }
     }
 
+    template <bool WHOLE>
     __device__ __forceinline__ void store(float (&y)[QUADS][4], int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
@@ -570,10 +655,10 @@ struct Finisher {
             for (int k = 0; k < 4; k++) {
                 if (HAS_SKIP) y[i][k] = fmaf(skip[i][k], x[i].at(k), y[i][k]);
                 if (HAS_Z) y[i][k] *= silu(z[i].at(k));
-                if (VALID && !valid.open[i]) y[i][k] = 0.0f;
+                if (!valid.open<!VALID>(i)) y[i][k] = 0.0f;
             }
             store_quad<X_KIND>(const_cast<char*>(y_to.tile) + y_to.offset[i], y[i],
-                               at.present(i, rows));
+                               WHOLE ? at.count - at.channel(i) : at.present(i, rows));
         }
         y_to.tile += y_to.advance;
     }
@@ -585,7 +670,7 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
     of.at = at;
     of.place(p, static_cast<i64>(finisher) * TILE);
     u32 tiles = tiles_of(p);
-    of.load(rows_of(p.length - static_cast<i64>(finisher) * TILE));
+    of.load<false>(at.rows(finisher));
     Ring at_slot(finisher);
 #pragma unroll 1
     for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
@@ -594,8 +679,14 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
         of.sum(y, buffers + at_slot.slot * BUFFER);
         barrier_arrive(free + at_slot.slot, at.lane);
         at_slot.advance(FINISHER_COUNT);
-        of.store(y, rows_of(p.length - static_cast<i64>(tile) * TILE));
-        of.load(rows_of(p.length - static_cast<i64>(tile + FINISHER_COUNT) * TILE));
+        if (tile < at.whole)
+            of.store<true>(y, TILE);
+        else
+            of.store<false>(y, at.rows(tile));
+        if (tile + FINISHER_COUNT < at.whole)
+            of.load<true>(TILE);
+        else
+            of.load<false>(at.rows(tile + FINISHER_COUNT));
     }
 }
 
@@ -812,6 +903,181 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
     }
 }
 
+// The same on tensor cores: they write u = Δ·x into the states and sum C·h over them.
+//
+// A lane keeps two states of one channel, in the layout of a product's result: lanes 4g to 4g + 3
+// have half g % 2 of the states of channel g / 2. Two tokens go into one product, as rows g and
+// g + 8. What a lane needs of four tokens is a Four; each is read two groups ahead, its decays and
+// writes are computed one group ahead.
+struct Four {
+    float4 delta;
+    float2 pieces;
+    float B[4];
+    u32 C;
+};
+
+// Four 8 x 8 matrices of 16-bit numbers, of which each lane points to a row: a lane gets the numbers
+// 2c and 2c + 1 of column g of each. Of B, a row of zeros stands before each token's: what a lane
+// gets is then a float.
+__device__ __forceinline__ void load_matrices(float (&to)[4], const float* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
+                                         float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
+}
+
+struct TensorConsumer {
+    int delta_at, pieces_from, B_from, C_from[2], sum_at;
+    bool writes[2][2];  // to which half of the states, of which token of two
+    bool takes[2][2];   // its sums: of which pair of tokens, in even and in odd groups
+    float A[2], h[2], sum[2];
+    float decay[2][8], written[2][8];
+    Four of[2];
+
+    __device__ __forceinline__ void place(int lane, int warp) {
+        int g = lane / 4, c = lane % 4, half = g % 2, channel = warp * 4 + g / 2;
+        delta_at = channel * DELTA_PITCH;
+        pieces_from = pieces_at(channel, 0) + 2 * c;
+        int matrix = lane / 8, token_of_row = matrix / 2 * 2 + lane / 4 % 2;
+        B_from = B_AT + (lane % 2 ? token_of_row * 8 + matrix % 2 * 4 : 36 - matrix % 2 * 4);
+        for (int i = 0; i < 2; i++) {
+            int column = g / 2 % 2 ^ i;
+            C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + column * 4 + c;
+            for (int j = 0; j < 2; j++) {
+                writes[i][j] = half == i && c / 2 == j;
+                takes[i][j] = c == 2 * j + (half ^ i);
+            }
+        }
+        int token = 4 * (c % 2 ^ half) + c / 2 * 2;
+        sum_at = SUM_AT + half * PART_SIZE + token * CHANNELS + channel;
+        sum[0] = sum[1] = 0.0f;
+    }
+
+    __device__ __forceinline__ void read(Four& to, const float* buffer, int g) const {
+        to.delta = *reinterpret_cast<const float4*>(buffer + delta_at + 4 * g);
+        to.pieces = *reinterpret_cast<const float2*>(buffer + pieces_from + 8 * g);
+        load_matrices(to.B, buffer + B_from + B_FOUR * g);
+        to.C = __float_as_uint(buffer[C_from[g % 2] + C_FOUR * g]);
+    }
+
+    // What four tokens leave of the states, and what they add.
+    __device__ __forceinline__ void prepare(int g, const Four& from) {
+        float delta[] = {from.delta.x, from.delta.y, from.delta.z, from.delta.w};
+        float piece[] = {from.pieces.x, from.pieces.y};
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float a[2][2], w[4];
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int t = 0; t < 2; t++) a[half][t] = writes[half][t] ? piece[j] : 0.0f;
+            multiply(w, a[0][0], a[0][1], a[1][0], a[1][1], from.B[2 * j], from.B[2 * j + 1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                decay[g % 2][4 * j + i] = exp2_fast(delta[2 * j + i / 2] * A[i % 2]);
+                written[g % 2][4 * j + i] = w[i];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void advance(int g, u32 C, float* buffer) {
+        float low = widen<1>(C), high = widen<1>(C >> 16);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float *a = decay[g % 2] + 4 * j, *w = written[g % 2] + 4 * j;
+            float first[] = {fmaf(a[0], h[0], w[0]), fmaf(a[1], h[1], w[1])}, y[4];
+            h[0] = fmaf(a[2], first[0], w[2]);
+            h[1] = fmaf(a[3], first[1], w[3]);
+            multiply(y, first[0], h[0], first[1], h[1], low, high);
+            sum[0] = takes[g % 2][j] ? y[0] : sum[0];
+            sum[1] = takes[g % 2][j] ? y[3] : sum[1];
+        }
+        if (g % 2 == 0) return;
+        float* to = buffer + sum_at + g / 2 * BLOCK * CHANNELS;
+        to[0] = sum[0];
+        to[CHANNELS] = sum[1];
+    }
+
+    __device__ __forceinline__ void begin(const float* buffer) {
+        read(of[0], buffer, 0);
+        read(of[1], buffer, 1);
+        prepare(0, of[0]);
+    }
+
+    // Groups FROM to TO of the tile in `buffer`; `next` is the tile behind it.
+    template <int FROM, int TO>
+    __device__ __forceinline__ void turns(float* buffer, const float* next) {
+#pragma unroll
+        for (int g = FROM; g < TO; g++) {
+            u32 C = of[g % 2].C;
+            read(of[g % 2], g < GROUPS - 2 ? buffer : next, (g + 2) % GROUPS);
+            prepare(g + 1, of[(g + 1) % 2]);
+            advance(g, C, buffer);
+        }
+    }
+};
+
+__device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int warp, int lane,
+                                                        i64 row, int first_channel,
+                                                        float* buffers, u64* full, u64* done) {
+    TensorConsumer c;
+    c.place(lane, warp);
+    int d = first_channel + warp * 4 + lane / 8;
+    bool here = d < p.channels;
+    int first_state = lane / 4 % 2 * 8 + lane % 4 * 2;
+    i64 state = (row * p.channels + d) * STATES + first_state;
+    float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
+        c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
+        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
+    }
+    u32 tiles = tiles_of(p);
+    barrier_wait(full, 0);
+    c.begin(buffers);
+    c.turns<0, 6>(buffers, buffers);
+    float* buffer = buffers;
+    u64* handed = done;
+    Ring ahead(0);
+    ahead.advance(1);
+    u32 tile = 1;
+    while (tile < tiles) {
+        barrier_wait(full + ahead.slot, ahead.parity);
+        bool on;
+        do {
+            float* next = buffers + ahead.slot * BUFFER;
+            u64* later = done + ahead.slot;
+            ahead.advance(1);
+            tile++;
+            c.turns<6, 8>(buffer, next);
+            c.turns<0, 2>(next, next);
+            bool ready = barrier_test(full + ahead.slot, ahead.parity);
+            c.turns<2, 6>(next, next);
+            on = __all_sync(~0u, ready && tile < tiles);
+            barrier_arrive(handed, lane);
+            handed = later;
+            buffer = next;
+        } while (on);
+    }
+    c.turns<6, 8>(buffer, buffer);
+    barrier_arrive(handed, lane);
+    if (here) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
+    }
+}
+
+static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
+              "made for these");
 static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -827,12 +1093,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         barrier_init(done + threadIdx.x, CONSUMERS);
         barrier_init(free + threadIdx.x, 1);
     }
+    if (TENSOR)  // the rows of zeros
+        for (u32 i = threadIdx.x; i < SLOTS * TILE / 4 * 8; i += WARPS * 32)
+            buffers[i / (TILE / 4 * 8) * BUFFER + B_AT + i / 8 % (TILE / 4) * B_FOUR + 32 + i % 8] = 0.0f;
     __syncthreads();
     if (warp < CONSUMERS) {
-        consume(p, warp, lane, row, first_channel, buffers, full, done);
+        if constexpr (TENSOR)
+            consume_on_tensor_cores(p, warp, lane, row, first_channel, buffers, full, done);
+        else
+            consume(p, warp, lane, row, first_channel, buffers, full, done);
         return;
     }
-    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row};
+    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row,
+              static_cast<u32>(p.length / TILE), static_cast<int>(p.length % TILE)};
     u32 me = 1u << warp;
     if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
     if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);

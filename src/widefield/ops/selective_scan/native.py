@@ -44,6 +44,7 @@ class Layout:
     finishers: int
     slots: int = 4
     stages: int = 0
+    tensor: bool = False
 
     @property
     def warps(self) -> int:
@@ -57,10 +58,13 @@ class Layout:
 
     def shared_bytes(self, states: int) -> int:
         """The size of the buffers, as the kernel computes it."""
+        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+        if self.tensor:
+            inputs = self.channels * (3 * _TILE + 12 + 16) + 8
+            return self.slots * 4 * (inputs + _TILE // 4 * 72 + 2 * part)
         inputs = 2 * self.channels * (_TILE + 4)
         projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
         parts = 1 if self.stages == 3 else self.group >> self.stages
-        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
         return self.slots * 4 * (inputs + projections + parts * part)
 
 
