@@ -48,17 +48,15 @@ constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
 constexpr int DELTA_PITCH = TILE + 4;
-constexpr int PIECES_PITCH = 2 * TILE + 8;  // TENSOR: of a channel's Δ·x in two pieces
 constexpr int BC_PITCH = GROUP * 4 + 4;
-constexpr int B_FOUR = 40, C_FOUR = 32;  // TENSOR: four tokens of bfloat16; behind B's two rows of zeros
+constexpr int C_FOUR = 32;  // TENSOR: four tokens, in bfloat16
 constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
-constexpr int WRITTEN_SIZE = TENSOR ? CHANNELS * PIECES_PITCH + 8 : DELTA_SIZE;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
 constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
 constexpr int PART_SIZE = TILE * CHANNELS + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
-constexpr int B_AT = WRITTEN_AT + WRITTEN_SIZE;
-constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * B_FOUR : BC_SIZE);
+constexpr int B_AT = 2 * DELTA_SIZE;
+constexpr int C_AT = B_AT + BC_SIZE;
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * C_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
 constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
@@ -308,6 +306,7 @@ struct Ring {
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
 static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
+static_assert(PRODUCERS != FINISHERS || SLOTS >= 2 * PRODUCER_COUNT, "a buffer would not be empty");
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
 
@@ -353,13 +352,12 @@ struct Projection {
         for (int i = 0; i < PIECES; i++) from.aim(i, token(i, lane), stride, state(i, lane));
     }
 
-    template <bool WHOLE, typename Wanted>
-    __device__ __forceinline__ void load(int rows, int lane, Wanted wanted) {
+    template <bool WHOLE>
+    __device__ __forceinline__ void load(int rows, int lane) {
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            bool here = (WHOLE || token(i, lane) < rows) && wanted(token(i, lane));
-            piece[i].load(from.tile + from.offset[i], here ? COUNT : 0, WIDE_BC);
-        }
+        for (int i = 0; i < PIECES; i++)
+            piece[i].load(from.tile + from.offset[i], WHOLE || token(i, lane) < rows ? COUNT : 0,
+                          WIDE_BC);
         from.tile += from.advance;
     }
 
@@ -463,17 +461,6 @@ struct Valid {
     }
 };
 
-// TENSOR: a float as two numbers of TF32, whose products with B are exact.
-__device__ __forceinline__ int pieces_at(int channel, int token) {
-    return WRITTEN_AT + channel * PIECES_PITCH + channel / 4 * 2 + token / 4 * 8 + token % 2 * 4 +
-           token / 2 % 2;
-}
-__device__ __forceinline__ void split(float* to, float v) {
-    float high = __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xffffe000u);
-    to[0] = high;
-    to[2] = v - high;
-}
-
 struct Producer {
     Pieces at;
     Stream<X_KIND, QUADS> x_from;
@@ -484,16 +471,14 @@ struct Producer {
     Valid valid;
     Projection<B_KIND> B;
     Projection<C_KIND> C;
-    int delta_to[QUADS], pieces_to[QUADS], B_to, C_to;  // where in a buffer
+    int delta_to[QUADS], C_to;  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
-        int t = B.token(0, at.lane), word = B.state(0, at.lane) / 2;
-        B_to = opaque(B_AT + t / 4 * B_FOUR + t % 4 * 8 + word);
+        int t = C.token(0, at.lane), word = C.state(0, at.lane) / 2;
         C_to = opaque(C_AT + t / 4 * C_FOUR + t % 4 * 8 + word);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
             delta_to[i] = opaque(at.channel(i) * DELTA_PITCH + at.token(i));
-            pieces_to[i] = opaque(pieces_at(at.channel(i), at.token(i)));
         }
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
@@ -517,9 +502,8 @@ struct Producer {
             delta[i].load(delta_from.tile + delta_from.offset[i], here, WIDE);
             x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
         }
-        // A product adds what another token wrote times 0: padding may not be NaN.
-        B.load<WHOLE>(rows, at.lane, [&](int t) { return !TENSOR || valid.token(t); });
-        C.load<WHOLE>(rows, at.lane, [](int) { return true; });
+        B.load<WHOLE>(rows, at.lane);
+        C.load<WHOLE>(rows, at.lane);
         valid.load(at, rows);
         delta_from.tile += delta_from.advance;
         x_from.tile += x_from.advance;
@@ -538,22 +522,17 @@ struct Producer {
                 float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
                 float* to = buffer + delta_to[i] + k * DELTA_PITCH;
                 to[0] = step;
-                if (TENSOR)
-                    split(buffer + pieces_to[i] + k * PIECES_PITCH, written);
-                else
-                    to[WRITTEN_AT] = written;
+                to[WRITTEN_AT] = written;
             }
             if (TENSOR && HAS_SKIP)
                 *reinterpret_cast<uint2*>(buffer + X_AT + 64 * i + 2 * at.lane) =
                     make_uint2(x[i].word[0], x[i].word[1]);
         }
-        if (TENSOR) {
-            B.copy(buffer + B_to, B_FOUR);
+        B.spread(buffer + B_AT, at.lane);
+        if (TENSOR)
             C.copy(buffer + C_to, C_FOUR);
-        } else {
-            B.spread(buffer + B_AT, at.lane);
+        else
             C.spread(buffer + C_AT, at.lane);
-        }
     }
 
     __device__ __forceinline__ float step_of(int i, int k) const {
@@ -687,6 +666,51 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
             of.load<true>(TILE);
         else
             of.load<false>(at.rows(tile + FINISHER_COUNT));
+    }
+}
+
+// Producer and finisher in one: a warp finishes a tile behind the next one that it produces. So
+// `free` is not needed, since the warp that fills a buffer has emptied it.
+__device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int server,
+                                      float* buffers, u64* full, u64* done) {
+    Producer of;
+    Finisher to;
+    of.at = to.at = at;
+    of.place(p, static_cast<i64>(server) * TILE);
+    to.place(p, static_cast<i64>(server) * TILE);
+    u32 tiles = tiles_of(p);
+    of.load<false>(at.rows(server));
+    Ring here(server), behind(server);
+#pragma unroll 1
+    for (u32 tile = server; tile < tiles + PRODUCER_COUNT; tile += PRODUCER_COUNT) {
+        u32 next = tile + PRODUCER_COUNT, last = tile - PRODUCER_COUNT;
+        if (tile < tiles) {
+            float* buffer = buffers + here.slot * BUFFER;
+            if (tile < at.whole)
+                of.make<true>(buffer);
+            else
+                of.make<false>(buffer);
+            barrier_arrive(full + here.slot, at.lane);
+            if (next < at.whole)
+                of.load<true>(TILE);
+            else
+                of.load<false>(at.rows(next));
+        }
+        here.advance(PRODUCER_COUNT);
+        if (tile >= PRODUCER_COUNT) {
+            float y[QUADS][4];
+            barrier_wait(done + behind.slot, behind.parity);
+            to.sum(y, buffers + behind.slot * BUFFER);
+            behind.advance(PRODUCER_COUNT);
+            if (last < at.whole)
+                to.store<true>(y, TILE);
+            else
+                to.store<false>(y, at.rows(last));
+        }
+        if (tile < at.whole)
+            to.load<true>(TILE);
+        else
+            to.load<false>(at.rows(tile));
     }
 }
 
@@ -910,20 +934,9 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 // g + 8. What a lane needs of four tokens is a Four; each is read two groups ahead, its decays and
 // writes are computed one group ahead.
 struct Four {
-    float4 delta;
-    float2 pieces;
-    float B[4];
+    float4 delta, written, B[2];
     u32 C;
 };
-
-// Four 8 x 8 matrices of 16-bit numbers, of which each lane points to a row: a lane gets the numbers
-// 2c and 2c + 1 of column g of each. Of B, a row of zeros stands before each token's: what a lane
-// gets is then a float.
-__device__ __forceinline__ void load_matrices(float (&to)[4], const float* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-                 : "r"(shared_address(row)));
-}
 
 __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
                                          float b0, float b1) {
@@ -935,26 +948,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, floa
 }
 
 struct TensorConsumer {
-    int delta_at, pieces_from, B_from, C_from[2], sum_at;
-    bool writes[2][2];  // to which half of the states, of which token of two
-    bool takes[2][2];   // its sums: of which pair of tokens, in even and in odd groups
+    int delta_at, B_from, C_from[2], sum_at;
+    bool takes[2][2];  // sums: of which pair of tokens, in even and in odd groups
     float A[2], h[2], sum[2];
-    float decay[2][8], written[2][8];
+    float decay[2][8], write[2][8];
     Four of[2];
 
+    __device__ __forceinline__ static int half_of(int lane) { return ROWS ? lane / 16 : lane / 4 % 2; }
+    __device__ __forceinline__ static int channel_of(int lane) { return ROWS ? lane / 4 % 4 : lane / 8; }
+
     __device__ __forceinline__ void place(int lane, int warp) {
-        int g = lane / 4, c = lane % 4, half = g % 2, channel = warp * 4 + g / 2;
+        int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
         delta_at = channel * DELTA_PITCH;
-        pieces_from = pieces_at(channel, 0) + 2 * c;
-        int matrix = lane / 8, token_of_row = matrix / 2 * 2 + lane / 4 % 2;
-        B_from = B_AT + (lane % 2 ? token_of_row * 8 + matrix % 2 * 4 : 36 - matrix % 2 * 4);
+        B_from = B_AT + half * 16 + c * 4;
         for (int i = 0; i < 2; i++) {
-            int column = g / 2 % 2 ^ i;
-            C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + column * 4 + c;
-            for (int j = 0; j < 2; j++) {
-                writes[i][j] = half == i && c / 2 == j;
-                takes[i][j] = c == 2 * j + (half ^ i);
-            }
+            C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + (g / 2 % 2 ^ i) * 4 + c;
+            for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
         }
         int token = 4 * (c % 2 ^ half) + c / 2 * 2;
         sum_at = SUM_AT + half * PART_SIZE + token * CHANNELS + channel;
@@ -963,28 +972,23 @@ struct TensorConsumer {
 
     __device__ __forceinline__ void read(Four& to, const float* buffer, int g) const {
         to.delta = *reinterpret_cast<const float4*>(buffer + delta_at + 4 * g);
-        to.pieces = *reinterpret_cast<const float2*>(buffer + pieces_from + 8 * g);
-        load_matrices(to.B, buffer + B_from + B_FOUR * g);
+        to.written = *reinterpret_cast<const float4*>(buffer + delta_at + WRITTEN_AT + 4 * g);
+        for (int v = 0; v < 2; v++)
+            to.B[v] = *reinterpret_cast<const float4*>(buffer + B_from + (2 * g + v) * BC_PITCH);
         to.C = __float_as_uint(buffer[C_from[g % 2] + C_FOUR * g]);
     }
 
     // What four tokens leave of the states, and what they add.
     __device__ __forceinline__ void prepare(int g, const Four& from) {
         float delta[] = {from.delta.x, from.delta.y, from.delta.z, from.delta.w};
-        float piece[] = {from.pieces.x, from.pieces.y};
+        float written[] = {from.written.x, from.written.y, from.written.z, from.written.w};
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float a[2][2], w[4];
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int t = 0; t < 2; t++) a[half][t] = writes[half][t] ? piece[j] : 0.0f;
-            multiply(w, a[0][0], a[0][1], a[1][0], a[1][1], from.B[2 * j], from.B[2 * j + 1]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                decay[g % 2][4 * j + i] = exp2_fast(delta[2 * j + i / 2] * A[i % 2]);
-                written[g % 2][4 * j + i] = w[i];
-            }
+        for (int t = 0; t < 4; t++) {
+            float4 B = from.B[t / 2];
+            decay[g % 2][2 * t] = exp2_fast(delta[t] * A[0]);
+            decay[g % 2][2 * t + 1] = exp2_fast(delta[t] * A[1]);
+            write[g % 2][2 * t] = written[t] * (t % 2 ? B.z : B.x);
+            write[g % 2][2 * t + 1] = written[t] * (t % 2 ? B.w : B.y);
         }
     }
 
@@ -992,7 +996,7 @@ struct TensorConsumer {
         float low = widen<1>(C), high = widen<1>(C >> 16);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const float *a = decay[g % 2] + 4 * j, *w = written[g % 2] + 4 * j;
+            const float *a = decay[g % 2] + 4 * j, *w = write[g % 2] + 4 * j;
             float first[] = {fmaf(a[0], h[0], w[0]), fmaf(a[1], h[1], w[1])}, y[4];
             h[0] = fmaf(a[2], first[0], w[2]);
             h[1] = fmaf(a[3], first[1], w[3]);
@@ -1030,9 +1034,9 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
                                                         float* buffers, u64* full, u64* done) {
     TensorConsumer c;
     c.place(lane, warp);
-    int d = first_channel + warp * 4 + lane / 8;
+    int d = first_channel + warp * 4 + c.channel_of(lane);
     bool here = d < p.channels;
-    int first_state = lane / 4 % 2 * 8 + lane % 4 * 2;
+    int first_state = c.half_of(lane) * 8 + lane % 4 * 2;
     i64 state = (row * p.channels + d) * STATES + first_state;
     float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
 #pragma unroll
@@ -1076,7 +1080,7 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
     }
 }
 
-static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
+static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && C_KIND == 1),
               "made for these");
 static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
 
@@ -1093,9 +1097,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         barrier_init(done + threadIdx.x, CONSUMERS);
         barrier_init(free + threadIdx.x, 1);
     }
-    if (TENSOR)  // the rows of zeros
-        for (u32 i = threadIdx.x; i < SLOTS * TILE / 4 * 8; i += WARPS * 32)
-            buffers[i / (TILE / 4 * 8) * BUFFER + B_AT + i / 8 % (TILE / 4) * B_FOUR + 32 + i % 8] = 0.0f;
     __syncthreads();
     if (warp < CONSUMERS) {
         if constexpr (TENSOR)
@@ -1107,6 +1108,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row,
               static_cast<u32>(p.length / TILE), static_cast<int>(p.length % TILE)};
     u32 me = 1u << warp;
+    if constexpr (PRODUCERS == FINISHERS) {
+        if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, done);
+        return;
+    }
     if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
     if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);
 }

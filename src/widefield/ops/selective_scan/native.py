@@ -60,8 +60,9 @@ class Layout:
         """The size of the buffers, as the kernel computes it."""
         part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
         if self.tensor:
-            inputs = self.channels * (3 * _TILE + 12 + 16) + 8
-            return self.slots * 4 * (inputs + _TILE // 4 * 72 + 2 * part)
+            inputs = self.channels * (2 * _TILE + 8 + 16)
+            projections = _TILE // 2 * 36 + _TILE * 8
+            return self.slots * 4 * (inputs + projections + 2 * part)
         inputs = 2 * self.channels * (_TILE + 4)
         projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
         parts = 1 if self.stages == 3 else self.group >> self.stages
