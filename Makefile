@@ -25,12 +25,12 @@ DEV := $(VENV)/.installed-dev-$(PINS_NAME)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types docs pytest format clean
+.PHONY: demo test lint types docs pytest interpreted format clean
 
 demo: $(RUN)
 	$(BIN)/widefield demo $(ARGS)
 
-test: lint types docs pytest
+test: lint types docs pytest interpreted
 
 lint: $(DEV)
 	$(BIN)/ruff check
@@ -44,6 +44,11 @@ docs: $(DEV)
 
 pytest: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# The tests marked triton, without a GPU. Triton takes its choice when kernels are imported, so they
+# run in a process of their own.
+interpreted: $(DEV)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n $(JOBS) --dist worksteal tests/ops
 
 format: $(DEV)
 	$(BIN)/ruff check --fix

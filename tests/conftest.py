@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import signal
 import sys
@@ -34,6 +35,9 @@ class KernelsUnchecked(importlib.abc.MetaPathFinder):
         return None
 
 
+# Triton reads it when a kernel is defined, so a process has either the interpreter or the GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 jaxtyping.install_import_hook("widefield", f"{shapes.__name__}.check")
 sys.meta_path.insert(0, KernelsUnchecked())
 
@@ -55,16 +59,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
+def _why_skipped(item: pytest.Item, slow: bool) -> str | None:
+    """What this run lacks that the test's markers ask for."""
+    on_gpu = torch.cuda.is_available() and not INTERPRETED
+    if "slow" in item.keywords and not slow:
+        return "slow; run with --slow"
+    if "triton" in item.keywords:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return None if on_gpu or INTERPRETED else "no CUDA device; `make interpreted` runs it"
+    return "no CUDA device" if "gpu" in item.keywords and not on_gpu else None
+
+
+# Before pytest selects by -m: what Triton's interpreter can run is a test of the GPU, too.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skips = {}
-    if not torch.cuda.is_available():
-        skips["gpu"] = pytest.mark.skip(reason="no CUDA device")
-    if not config.getoption("--slow"):
-        skips["slow"] = pytest.mark.skip(reason="slow; run with --slow")
+    if INTERPRETED and importlib.util.find_spec("triton") is None:
+        raise pytest.UsageError("TRITON_INTERPRET=1 needs Triton: pip install triton")
     for item in items:
-        for name, skip in skips.items():
-            if name in item.keywords:
-                item.add_marker(skip)
+        if "triton" in item.keywords:
+            item.add_marker("gpu")
+        if reason := _why_skipped(item, config.getoption("--slow")):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["LayerPlan", "ModelLayout", "Pool", "SSDInputs", "ScanInputs"]
@@ -42,6 +42,9 @@ class ScanInputs:
         initial_state: float32 state before the first token, or None for zeros.
         valid: False marks padding: the state passes through it unchanged and y is 0. None = all
             valid.
+        cu_seqlens: (S + 1,) int32 or int64, where a batch of one holds S sequences side by side:
+            sequence i is the tokens cu_seqlens[i] to cu_seqlens[i + 1]. Each has its own state: S
+            is then the first dimension of states and of a plan's fields per row. Without `valid`.
     """
 
     x: Float[Tensor, "batch length channels"]
@@ -53,8 +56,9 @@ class ScanInputs:
     z: Float[Tensor, "batch length channels"] | None = None
     delta_bias: Float[Tensor, " channels"] | None = None
     delta_softplus: bool = True
-    initial_state: Float[Tensor, "batch channels state"] | None = None
+    initial_state: Float[Tensor, "sequences channels state"] | None = None
     valid: Bool[Tensor, "batch length"] | None = None
+    cu_seqlens: Int[Tensor, " ends"] | None = None
 
     def replace(self, **changes: object) -> ScanInputs:
         """A copy with the given fields exchanged."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.cases import DELTAS, condition, in_float64, raw_delta, scan_inputs
-from widefield import ops
+from widefield import WidefieldError, ops
 from widefield.ops.selective_scan import cpu, reference
 from widefield.plan import LayerPlan, ScanInputs
+
+Scan = Callable[[ScanInputs, LayerPlan], tuple[Tensor, Tensor]]
 
 
 def floor_at(inputs: ScanInputs, share: float, plan: LayerPlan | None = None) -> Tensor:
@@ -302,3 +306,92 @@ def test_dispatch_takes_the_cpu_kernel_unless_gradients_or_float64_are_wanted() 
     assert ops.selective_scan(exact)[0].dtype == torch.float64
     leaf = inputs.x.clone().requires_grad_()
     assert ops.selective_scan(inputs.replace(x=leaf))[0].requires_grad
+
+
+def side_by_side(*lengths: int, channels: int = 24) -> tuple[ScanInputs, LayerPlan]:
+    """Sequences in one row, with a state and a plan for each."""
+    inputs = scan_inputs(1, sum(lengths), channels)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    plan = LayerPlan(
+        delta_floor=torch.rand(len(lengths), channels) * 0.1,
+        delta_scale=0.5 + torch.rand(channels),
+        decay_scale=0.5 + torch.rand(len(lengths), channels),
+    )
+    state = torch.randn(len(lengths), channels, 16)
+    return inputs.replace(initial_state=state, cu_seqlens=ends), plan
+
+
+def one_of(inputs: ScanInputs, plan: LayerPlan, index: int) -> tuple[ScanInputs, LayerPlan]:
+    assert inputs.cu_seqlens is not None and inputs.initial_state is not None
+    tokens = slice(*inputs.cu_seqlens.tolist()[index : index + 2])
+    cut = {name: getattr(inputs, name)[:, tokens] for name in ("x", "delta", "B", "C", "z")}
+    state = inputs.initial_state[index : index + 1]
+    assert plan.delta_floor is not None and plan.decay_scale is not None
+    own = LayerPlan(plan.delta_floor[index], plan.delta_scale, plan.decay_scale[index])
+    return inputs.replace(**cut, initial_state=state, cu_seqlens=None), own
+
+
+@pytest.mark.parametrize("scan", [reference.selective_scan, cpu.selective_scan, ops.selective_scan])
+def test_sequences_side_by_side_are_scanned_as_if_alone(scan: Scan) -> None:
+    inputs, plan = side_by_side(30, 1, 66)
+    y, state = scan(inputs, plan)
+    assert inputs.cu_seqlens is not None
+    for index, (first, last) in enumerate(pairwise(inputs.cu_seqlens.tolist())):
+        alone, final = scan(*one_of(inputs, plan, index))
+        assert torch.equal(y[:, first:last], alone)
+        assert torch.equal(state[index], final[0])
+
+
+@pytest.mark.parametrize("scan", [reference.selective_scan, cpu.selective_scan])
+def test_an_empty_sequence_keeps_its_state(scan: Scan) -> None:
+    inputs, plan = side_by_side(0, 20, 0)
+    y, state = scan(inputs, plan)
+    assert inputs.initial_state is not None
+    assert y.shape == inputs.x.shape
+    assert torch.equal(state[::2], inputs.initial_state[::2])
+
+
+def test_gradients_stay_within_their_sequence() -> None:
+    inputs, plan = side_by_side(20, 30)
+    leaf = inputs.x.clone().requires_grad_()
+    y, _ = ops.selective_scan(inputs.replace(x=leaf), plan)
+    y[:, 20:].sum().backward()
+    assert leaf.grad is not None
+    assert not leaf.grad[:, :20].any() and leaf.grad[:, 20:].all()
+
+
+def test_groups_of_channels_take_sequences_side_by_side() -> None:
+    inputs, plan = side_by_side(20, 30)
+    B, C = (torch.randn(1, 50, 2, 16) for _ in range(2))
+    y, state = ops.selective_scan(inputs.replace(B=B, C=C), plan)
+    assert y.shape == (1, 50, 24) and state.shape == (2, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0.0, 50.0])}, "float32 of shape"),
+        ({"cu_seqlens": torch.tensor([0])}, "of shape"),
+        ({"cu_seqlens": torch.tensor([[0, 50]])}, "of shape"),
+        ({"cu_seqlens": torch.tensor([0, 50]).short()}, "int16"),
+        ({"cu_seqlens": torch.tensor([0, 20, 50, 50])}, "has 2 rows, expected 3"),
+        ({"cu_seqlens": torch.tensor([0, 30, 20]), "initial_state": None}, "ascending"),
+        ({"cu_seqlens": torch.tensor([1, 20, 50])}, "ascending"),
+        ({"cu_seqlens": torch.tensor([0, 20, 49])}, "to the length 50"),
+        ({"valid": torch.ones(1, 50, dtype=torch.bool)}, "together with valid"),
+    ],
+)
+def test_ends_of_sequences_that_do_not_fit_are_refused(
+    changes: dict[str, Tensor | None], message: str
+) -> None:
+    inputs, plan = side_by_side(20, 30)
+    for name, value in changes.items():  # past the checks of shapes that only tests have
+        object.__setattr__(inputs, name, value)
+    with pytest.raises(WidefieldError, match=message):
+        ops.selective_scan(inputs, plan)
+
+
+def test_several_rows_of_sequences_side_by_side_are_refused() -> None:
+    inputs = scan_inputs(2, 20, 24).replace(cu_seqlens=torch.tensor([0, 10, 20]))
+    with pytest.raises(WidefieldError, match="2 rows, expected 1"):
+        ops.selective_scan(inputs)

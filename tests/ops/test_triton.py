@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import os
 
 import pytest
@@ -14,15 +14,7 @@ from widefield.ops.selective_scan import reference
 from widefield.plan import LayerPlan, ScanInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
-    ),
-]
+pytestmark = pytest.mark.triton
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LENGTHS = [1, 63] if INTERPRETED else [1, 63, 1000]
 OPTIONS = ["D", "z", "bias", "state", "valid", "floor", "scale", "decay"]
@@ -83,10 +75,33 @@ def test_scan_and_gradients_are_as_exact_as_the_reference(length: int, options: 
     tensors, valid, plan = _case(2, length, 40, 16, options)
     truth = _run(reference.selective_scan, tensors, valid, plan, torch.float64, "cpu")
     same = _run(reference.selective_scan, tensors, valid, plan, torch.float32, "cpu")
-    ours = _run(cuda.selective_scan, tensors, valid, plan, torch.float32, DEVICE)
+    ours = _run(cuda.triton_scan, tensors, valid, plan, torch.float32, DEVICE)
     for name, value in truth.items():
         allowed = 2 * _error(same[name], value) + 3e-7
         assert _error(ours[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("ends", [[0, 0, 17, 18, 41, 41]], ids=str)
+def test_sequences_side_by_side_and_their_gradients_are_as_exact_as_the_reference(
+    ends: list[int],
+) -> None:
+    from widefield.ops.selective_scan import cuda
+
+    tensors, _, plan = _case(1, ends[-1], 40, 16, ["D", "z", "bias", "floor"])
+    rows = len(ends) - 1
+    tensors["initial_state"] = torch.randn(rows, 40, 16)
+    plan = dataclasses.replace(plan, delta_scale=torch.rand(rows, 40) + 0.5)
+
+    def run(scan, dtype, device):
+        cut = torch.tensor(ends, dtype=torch.int32, device=device)
+        packed = lambda inputs, plan: scan(inputs.replace(cu_seqlens=cut), plan)  # noqa: E731
+        return _run(packed, tensors, None, plan, dtype, device)
+
+    truth = run(reference.selective_scan, torch.float64, "cpu")
+    same = run(reference.selective_scan, torch.float32, "cpu")
+    ours = run(cuda.triton_scan, torch.float32, DEVICE)
+    for name, value in truth.items():
+        assert _error(ours[name], value) <= 2 * _error(same[name], value) + 3e-7, name
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from widefield.errors import unknown
 
-Backend = Literal["reference", "cpu", "cuda", "nvrtc"]
-BACKENDS = ("reference", "cpu", "cuda", "nvrtc")
+Backend = Literal["reference", "cpu", "cuda", "triton", "nvrtc"]
+BACKENDS = ("reference", "cpu", "cuda", "triton", "nvrtc")
 _forced: ContextVar[Backend | None] = ContextVar("widefield_backend", default=None)
 
 
@@ -24,9 +24,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Run the ops inside the block with one implementation, whatever the device.
 
     Args:
-        name: "reference" (plain torch), "cpu" (numba), "cuda" (Triton), or "nvrtc": as "cuda", and
-            kernels in CUDA C++ where there are some. Many times faster for one long sequence; not
-            the default before all their GPU tests have passed (benchmarks/LOG.md).
+        name: "reference" (plain torch), "cpu" (numba), or a GPU's kernels: "cuda", whichever is
+            the fastest; "triton", those in Triton only; "nvrtc", the same as "cuda".
     """
     if name not in BACKENDS:
         raise unknown("backend", name, BACKENDS)
@@ -48,15 +47,15 @@ def is_forced() -> bool:
 
 
 def wants_cuda_cpp() -> bool:
-    """Whether kernels in CUDA C++ are asked for."""
-    return _forced.get() == "nvrtc"
+    """Whether kernels in CUDA C++ may run, where there are some."""
+    return _forced.get() != "triton"
 
 
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
     """The implementation for these inputs: kernels where they exist, else the reference."""
     forced = _forced.get()
     if forced is not None:
-        return "cuda" if forced == "nvrtc" else forced
+        return "cuda" if forced in ("triton", "nvrtc") else forced
     present = [t for t in tensors if t is not None]
     device = present[0].device.type
     if any(t.dtype == torch.float64 for t in present):

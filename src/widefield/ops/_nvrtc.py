@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 
 from widefield.errors import WidefieldError
 
-__all__ = ["Kernel", "available", "build", "cache_folder"]
+__all__ = ["Kernel", "available", "build", "cache_folder", "source_of"]
 
 
 @functools.cache
@@ -74,6 +75,16 @@ class Kernel:
         )  # fmt: skip
 
 
+def source_of(path: Path) -> str:
+    """The text of a source file, with the files beside it that it includes."""
+    return re.sub(
+        r'^#include "([\w.]+)"$',
+        lambda found: path.with_name(found[1]).read_text("utf-8"),
+        path.read_text("utf-8"),
+        flags=re.MULTILINE,
+    )
+
+
 def build(
     source: Path, name: str, macros: Mapping[str, int], *, threads: int, shared: int
 ) -> Kernel:
@@ -94,7 +105,7 @@ def build(
     options = [f"--gpu-architecture=sm_{_architecture(torch.cuda.current_device())}"]
     options += ["--std=c++17"]
     options += [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
-    image = _image(source.read_text("utf-8"), source.name, options)
+    image = _image(source_of(source), source.name, options)
     (module,) = _check(driver.cuModuleLoadData(image))
     (function,) = _check(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.selective_scan import reference
+from widefield.ops.selective_scan._packed import check
 from widefield.plan import LayerPlan, ScanInputs
 
 __all__ = ["selective_scan"]
@@ -17,7 +18,7 @@ __all__ = ["selective_scan"]
 
 def selective_scan(
     inputs: ScanInputs, plan: LayerPlan | None = None
-) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch channels state"]]:
+) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "sequences channels state"]]:
     """Run the selective scan with the best implementation for the inputs' device.
 
     Args:
@@ -25,8 +26,13 @@ def selective_scan(
         plan: what a method asks of this layer, or None for the unmodified scan.
 
     Returns:
-        y (B, L, D) in the dtype of x, and the final state (B, D, N) in float32.
+        y (B, L, D) in the dtype of x, and the final state (B, D, N) in float32; (S, D, N) where
+        the row holds S sequences.
+
+    Raises:
+        WidefieldError: if `cu_seqlens` does not fit to the other inputs.
     """
+    check(inputs, plan)
     if inputs.B.ndim == 4:
         return _by_group(inputs, plan)
     backend = choose(inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.z)

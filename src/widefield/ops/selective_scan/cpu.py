@@ -46,6 +46,7 @@ from widefield.ops._numba import (
     store_some,
     where,
 )
+from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
 STRIP = 64  # channels of one task: four cache lines of each token
@@ -194,7 +195,7 @@ def _scan(call):
 
 def selective_scan(
     inputs: ScanInputs, plan: LayerPlan | None = None
-) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch channels state"]]:
+) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "sequences channels state"]]:
     """Selective scan with the signature and the semantics of the reference.
 
     Args:
@@ -203,7 +204,12 @@ def selective_scan(
 
     Returns:
         y in the dtype of x, and the final state in float32.
+
+    Raises:
+        WidefieldError: if `cu_seqlens` does not fit to the other inputs.
     """
+    if inputs.cu_seqlens is not None:
+        return by_sequence(selective_scan, inputs, plan)
     with torch.no_grad():
         run = _Run.prepare(inputs, plan or LayerPlan())
         large = (inputs.x, inputs.delta, inputs.z)

@@ -1,7 +1,7 @@
-"""The selective scan on a GPU: in Triton; in CUDA C++ (native.py) where that is asked for.
+"""The selective scan on a GPU: which of its kernels runs, and the one in Triton.
 
-The forward in CUDA C++ is many times faster, and is used inside `use_backend("nvrtc")` where no
-gradient is wanted.
+There are three. wide.py, in CUDA C++, is for many rows, and for gradients; native.py, in CUDA C++,
+for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
 
 In Triton, one program runs a block of channels of one sequence from its first to its last token and
 keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
@@ -11,6 +11,7 @@ states inside each, and never stores all of them.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._backend import wants_cuda_cpp
-from widefield.ops.selective_scan import native
+from widefield.ops.selective_scan import native, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
+_MANY = 12_000  # channels of all rows together
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -95,20 +97,33 @@ def _delta(
 
 
 @triton.jit
+def _place(row, ends_ptr, length, chunks, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    # A row's row in the tensors, its first token there, its length, its first saved state.
+    if PACKED:
+        begin = tl.load(ends_ptr + row)
+        tokens = (tl.load(ends_ptr + row + 1) - begin).to(tl.int32)
+        return row * 0, begin, tokens, begin // CHUNK + row
+    else:
+        return row, row * 0, length, row * chunks
+
+
+@triton.jit
 def _forward(
     x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
-    floor_ptr, scale_ptr, decay_ptr, valid_ptr, h0_ptr,
+    floor_ptr, scale_ptr, decay_ptr, valid_ptr, h0_ptr, ends_ptr,
     y_ptr, hT_ptr, saved_ptr,
     length, channels, states, chunks,
     sxb, sxl, sdb, sdl, sBb, sBl, sCb, sCl, szb, szl, svb, svl,
     floor_row, scale_row, decay_row,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     FLOOR: tl.constexpr, SCALE: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_H0: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
+    source, begin, tokens, chunk0 = _place(row, ends_ptr, length, chunks, PACKED, CHUNK)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES)
     dm = d < channels
@@ -135,24 +150,25 @@ def _forward(
     if HAS_H0:
         h = tl.load(h0_ptr + state_offset, mask=m, other=0.0)
 
-    xp = x_ptr + row * sxb + d64
-    dp = delta_ptr + row * sdb + d64
-    bp = B_ptr + row * sBb + n
-    cp = C_ptr + row * sCb + n
-    zp = z_ptr + row * szb + d64
-    vp = valid_ptr + row * svb
-    yp = y_ptr + row * length * channels + d64
-    saved = saved_ptr + row * chunks * channels * states + d64[:, None] * states + n[None, :]
+    xp = x_ptr + source * sxb + begin * sxl + d64
+    dp = delta_ptr + source * sdb + begin * sdl + d64
+    bp = B_ptr + source * sBb + begin * sBl + n
+    cp = C_ptr + source * sCb + begin * sCl + n
+    zp = z_ptr + source * szb + begin * szl + d64
+    vp = valid_ptr + source * svb
+    yp = y_ptr + (source * length + begin) * channels + d64
+    saved = saved_ptr + chunk0 * channels * states + d64[:, None] * states + n[None, :]
     # The next token's values are asked for before this token's are used: the loads overlap the
     # arithmetic.
-    x_next = tl.load(xp, mask=dm, other=0.0)
-    r_next = tl.load(dp, mask=dm, other=0.0)
-    b_next = tl.load(bp, mask=nm, other=0.0)
-    c_next = tl.load(cp, mask=nm, other=0.0)
+    some = tokens > 0
+    x_next = tl.load(xp, mask=dm & some, other=0.0)
+    r_next = tl.load(dp, mask=dm & some, other=0.0)
+    b_next = tl.load(bp, mask=nm & some, other=0.0)
+    c_next = tl.load(cp, mask=nm & some, other=0.0)
     z_next = x_next
     if HAS_Z:
-        z_next = tl.load(zp, mask=dm, other=0.0)
-    for t in range(length):
+        z_next = tl.load(zp, mask=dm & some, other=0.0)
+    for t in range(tokens):
         x = x_next.to(tl.float32)
         raw = r_next.to(tl.float32)
         b = b_next.to(tl.float32)
@@ -162,7 +178,7 @@ def _forward(
         dp += sdl
         bp += sBl
         cp += sCl
-        more = t + 1 < length
+        more = t + 1 < tokens
         x_next = tl.load(xp, mask=dm & more, other=0.0)
         r_next = tl.load(dp, mask=dm & more, other=0.0)
         b_next = tl.load(bp, mask=nm & more, other=0.0)
@@ -198,7 +214,7 @@ def _forward(
 @triton.jit
 def _backward(
     x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
-    floor_ptr, scale_ptr, decay_ptr, valid_ptr, saved_ptr,
+    floor_ptr, scale_ptr, decay_ptr, valid_ptr, ends_ptr, saved_ptr,
     dy_ptr, dhT_ptr, scratch_ptr,
     dx_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh0_ptr,
     batch, length, channels, states, chunks,
@@ -206,10 +222,12 @@ def _backward(
     floor_row, scale_row, decay_row,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     FLOOR: tl.constexpr, SCALE: tl.constexpr, DECAY: tl.constexpr, VALID: tl.constexpr,
+    PACKED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
+    source, begin, tokens, chunk0 = _place(row, ends_ptr, length, chunks, PACKED, CHUNK)
     block = tl.program_id(1).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES)
@@ -244,21 +262,20 @@ def _backward(
     scratch = (
         scratch_ptr + (row * tl.num_programs(1) + block) * (CHUNK + 1) * BLOCK * STATES + inner
     )
-    xp = x_ptr + row * sxb + d64
-    dp = delta_ptr + row * sdb + d64
-    bp = B_ptr + row * sBb + n
-    cp = C_ptr + row * sCb + n
-    zp = z_ptr + row * szb + d64
-    vp = valid_ptr + row * svb
-    out = row * length * channels + d64
-    partial = (block * batch + row) * length * states + n
-    for reverse in range(chunks):
-        chunk = chunks - 1 - reverse
+    xp = x_ptr + source * sxb + begin * sxl + d64
+    dp = delta_ptr + source * sdb + begin * sdl + d64
+    bp = B_ptr + source * sBb + begin * sBl + n
+    cp = C_ptr + source * sCb + begin * sCl + n
+    zp = z_ptr + source * szb + begin * szl + d64
+    vp = valid_ptr + source * svb
+    out = (source * length + begin) * channels + d64
+    partial = ((block * batch + source) * length + begin) * states + n
+    here = tl.cdiv(tokens, CHUNK)
+    for reverse in range(here):
+        chunk = here - 1 - reverse
         first = (chunk * CHUNK).to(tl.int64)
-        count = tl.minimum(CHUNK, length - chunk * CHUNK)
-        h = tl.load(
-            saved_ptr + (row * chunks + chunk) * channels * states + tile, mask=m, other=0.0
-        )
+        count = tl.minimum(CHUNK, tokens - chunk * CHUNK)
+        h = tl.load(saved_ptr + (chunk0 + chunk) * channels * states + tile, mask=m, other=0.0)
         tl.store(scratch, h)
         for i in range(count):
             t = first + i
@@ -367,7 +384,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         D: Tensor | None, z: Tensor | None, bias: Tensor | None, h0: Tensor | None,
-        softplus: bool, valid: Tensor | None, plan: LayerPlan | None,
+        softplus: bool, valid: Tensor | None, ends: Tensor | None, plan: LayerPlan | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x, delta, B, C, z = (_dense_channels(t) for t in (x, delta, B, C, z))  # type: ignore[assignment]
         A = A.float().contiguous()
@@ -376,10 +393,13 @@ class _Scan(torch.autograd.Function):
         batch, length, channels = x.shape
         states = A.shape[1]
         save = any(ctx.needs_input_grad)
+        ends = None if ends is None else ends.to(x.device, torch.int64).contiguous()
+        rows = batch if ends is None else len(ends) - 1
         chunks = -(-length // _CHUNK)
+        saves = batch * chunks if ends is None else length // _CHUNK + rows
         y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
-        final = torch.empty(batch, channels, states, dtype=torch.float32, device=x.device)
-        saved = final.new_empty(batch, chunks, channels, states) if save else final
+        final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
+        saved = final.new_empty(saves, channels, states) if save else final
         plan = plan or LayerPlan()
         floor, floor_row = _per_row(plan.delta_floor)
         scale, scale_row = _per_row(plan.delta_scale)
@@ -387,7 +407,7 @@ class _Scan(torch.autograd.Function):
         flags = {
             "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": bias is not None,
             "SOFTPLUS": softplus, "FLOOR": floor is not None, "SCALE": scale is not None,
-            "DECAY": decay is not None, "VALID": valid is not None,
+            "DECAY": decay is not None, "VALID": valid is not None, "PACKED": ends is not None,
             "CHUNK": _CHUNK, "BLOCK": _BLOCK, "STATES": triton.next_power_of_2(states),
         }  # fmt: skip
         strides = (
@@ -395,30 +415,30 @@ class _Scan(torch.autograd.Function):
             *_strides(z), *_strides(valid),
             floor_row, scale_row, decay_row,
         )  # fmt: skip
-        grid = (batch, triton.cdiv(channels, _BLOCK))
+        grid = (rows, triton.cdiv(channels, _BLOCK))
         # Absent inputs are passed as x: their flag keeps the kernel from reading them.
-        optional = [x if t is None else t for t in (D, z, bias, floor, scale, decay, valid, h0)]
-        if length:
-            with torch.cuda.device_of(x):
-                _forward[grid](
-                    x, delta, A, B, C, *optional, y, final, saved,
-                    length, channels, states, chunks, *strides,
-                    HAS_H0=h0 is not None, SAVE=save, num_warps=1, **flags,
-                )  # fmt: skip
+        present = (D, z, bias, floor, scale, decay, valid, h0, ends)
+        optional = [x if t is None else t for t in present]
+        with torch.cuda.device_of(x):
+            _forward[grid](
+                x, delta, A, B, C, *optional, y, final, saved,
+                length, channels, states, chunks, *strides,
+                HAS_H0=h0 is not None, SAVE=save, num_warps=1, **flags,
+            )  # fmt: skip
         if save:
-            ctx.save_for_backward(x, delta, A, B, C, *optional[:7], saved)
+            ctx.save_for_backward(x, delta, A, B, C, *optional[:7], optional[8], saved)
             ctx.call = (flags, strides, grid, chunks)
             ctx.present = (D is not None, z is not None, bias is not None, h0 is not None)
         return y, final
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, delta, A, B, C, D, z, bias, floor, scale, decay, valid, saved = ctx.saved_tensors
+        x, delta, A, B, C, D, z, bias, floor, scale, decay, valid, ends, saved = ctx.saved_tensors
         flags, strides, grid, chunks = ctx.call
         has_D, has_z, has_bias, has_h0 = ctx.present
         batch, length, channels = x.shape
         states = A.shape[1]
-        blocks = grid[1]
+        rows, blocks = grid
         dy, dfinal = dy.contiguous(), dfinal.contiguous()
 
         def dense(dtype: torch.dtype) -> Tensor:
@@ -427,18 +447,18 @@ class _Scan(torch.autograd.Function):
         wide = {"dtype": torch.float32, "device": x.device}
         dx, ddelta = dense(x.dtype), dense(delta.dtype)
         dz = dense(z.dtype) if has_z else dx
-        dA = torch.empty(batch, channels, states, **wide)
-        dh0 = torch.empty(batch, channels, states, **wide)
+        dA = torch.empty(rows, channels, states, **wide)
+        dh0 = torch.empty(rows, channels, states, **wide)
         dB = torch.empty(blocks, batch, length, states, **wide)
         dC = torch.empty(blocks, batch, length, states, **wide)
-        dD = torch.empty(batch, channels, **wide)
-        dbias = torch.empty(batch, channels, **wide)
+        dD = torch.empty(rows, channels, **wide)
+        dbias = torch.empty(rows, channels, **wide)
         scratch = torch.empty(
-            batch * blocks * (_CHUNK + 1) * flags["BLOCK"] * flags["STATES"], **wide
+            rows * blocks * (_CHUNK + 1) * flags["BLOCK"] * flags["STATES"], **wide
         )
         with torch.cuda.device_of(x):
             _backward[grid](
-                x, delta, A, B, C, D, z, bias, floor, scale, decay, valid, saved,
+                x, delta, A, B, C, D, z, bias, floor, scale, decay, valid, ends, saved,
                 dy, dfinal, scratch, dx, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
                 batch, length, channels, states, chunks, *strides, num_warps=1, **flags,
             )  # fmt: skip
@@ -448,7 +468,7 @@ class _Scan(torch.autograd.Function):
             dz if has_z else None,
             dbias.sum(0).to(bias.dtype) if has_bias else None,
             dh0 if has_h0 else None,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -462,18 +482,33 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    traced = torch.compiler.is_compiling()
-    plain = not traced and not _wants_gradients(inputs)
-    if wants_cuda_cpp() and plain and native.supports(inputs):
-        return native.selective_scan(inputs, plan or LayerPlan())
-    return triton_scan(inputs, plan)
+    kernel = _chosen(inputs)
+    if kernel is None:
+        return triton_scan(inputs, plan)
+    return kernel.selective_scan(inputs, plan or LayerPlan())
+
+
+def _chosen(inputs: ScanInputs) -> ModuleType | None:
+    """The module in CUDA C++ that runs the scan, or None for Triton."""
+    if torch.compiler.is_compiling() or not wants_cuda_cpp():
+        return None
+    few = not _wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
+    if few and native.supports(inputs):
+        return native
+    return wide if wide.supports(inputs) else None
+
+
+def _are_many(inputs: ScanInputs) -> bool:
+    """Whether the rows are enough for a lane a channel; measured, see benchmarks/LOG.md."""
+    return inputs.x.shape[0] * inputs.x.shape[2] >= _MANY
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
     """The scan in Triton, differentiable; the same contract."""
     return _Scan.apply(
         inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
-        inputs.delta_bias, inputs.initial_state, inputs.delta_softplus, inputs.valid, plan,
+        inputs.delta_bias, inputs.initial_state, inputs.delta_softplus, inputs.valid,
+        inputs.cu_seqlens, plan,
     )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from widefield.ops._delta import effective_delta
+from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
 
 def selective_scan(
     inputs: ScanInputs, plan: LayerPlan | None = None
-) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch channels state"]]:
+) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "sequences channels state"]]:
     """Selective scan, one token after the other.
 
     Args:
@@ -22,7 +23,12 @@ def selective_scan(
 
     Returns:
         y in the dtype of x, and the final state in float32 (float64 if x is).
+
+    Raises:
+        WidefieldError: if `cu_seqlens` does not fit to the other inputs.
     """
+    if inputs.cu_seqlens is not None:
+        return by_sequence(selective_scan, inputs, plan)
     delta = effective_delta(inputs, plan)
     dtype = delta.dtype
     x, B, C = inputs.x.to(dtype), inputs.B.to(dtype), inputs.C.to(dtype)
@@ -42,7 +48,7 @@ def selective_scan(
         decay = torch.exp(delta[:, t, :, None] * A)
         state = decay * state + written[:, t, :, None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
-    y = torch.stack(outputs, dim=1)
+    y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)
     if inputs.D is not None:
         y = y + inputs.D.to(dtype) * x
     if inputs.z is not None:

@@ -1,0 +1,125 @@
+// Numbers as the scans read, make and write them. For every file that includes this:
+//   EXACT 1: softplus and gate to float32's last places
+// Kinds of numbers: 0 float, 1 bfloat16, 2 half.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr float LOG2E = 1.4426950216293335f;          // log2(e), rounded to float32
+constexpr float LOG2E_REST = 1.9259629911266175e-8f;  // what that rounding left
+constexpr float LN2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+__device__ __forceinline__ float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+// max that keeps NaN, so that a broken Δ shows.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+__device__ __forceinline__ float half_to_float(u16 bits) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
+    return r;
+}
+
+__device__ __forceinline__ u32 pack_bfloat16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
+__device__ __forceinline__ float exp_of(float v) {
+    float product = v * LOG2E;
+    if (!EXACT) return exp2_fast(product);
+    float rest = fmaf(v, LOG2E_REST, fmaf(v, LOG2E, -product));
+    float power = exp2_fast(product);
+    return fmaf(power, rest * LN2, power);
+}
+
+// log(1 + u) of u from 0 to 1: minimax polynomials of log(1 + u) / u, relative errors 5e-9, 2.2e-7.
+__device__ __forceinline__ float log_above_one(float u, float more) {
+    constexpr float exact[] = {1.0f,
+                               -0.4999990165233612f,
+                               0.3332996368408203f,
+                               -0.24954134225845337f,
+                               0.1967594027519226f,
+                               -0.15305593609809875f,
+                               0.10603655129671097f,
+                               -0.056959524750709534f,
+                               0.019851455464959145f,
+                               -0.0032440228387713432f};
+    constexpr float quick[] = {1.0f,
+                               -0.4999817907810211f,
+                               0.3328406512737274f,
+                               -0.24536865949630737f,
+                               0.17847207188606262f,
+                               -0.10902288556098938f,
+                               0.04498662054538727f,
+                               -0.00877894926816225f};
+    float p = EXACT ? exact[9] : quick[7];
+#pragma unroll
+    for (int i = EXACT ? 8 : 6; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 8]);
+    return fmaf(p, u, more);
+}
+
+__device__ __forceinline__ float softplus(float v) {
+    float n = -fabsf(v);
+    return log_above_one(exp_of(EXACT ? fmaxf(n, -100.0f) : n), max_or_nan(v, 0.0f));
+}
+
+__device__ __forceinline__ float sigmoid(float v) {
+    if (EXACT && v < -87.0f) return 0.0f;
+    return reciprocal(1.0f + exp_of(-v));
+}
+
+// As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
+__device__ __noinline__ bool below_floor(float v, float scale, float floor, bool softplus,
+                                         bool scaled) {
+    float delta = v;
+    if (softplus && v <= 20.0f) delta = log1pf(expf(v));
+    if (scaled) delta *= scale;
+    return delta < floor;
+}
+
+template <int KIND>
+constexpr int BYTES = KIND == 0 ? 4 : 2;
+
+template <int KIND>
+__device__ __forceinline__ float widen(u32 bits) {
+    if (KIND == 0) return __uint_as_float(bits);
+    if (KIND == 1) return __uint_as_float(bits << 16);
+    return half_to_float(static_cast<u16>(bits));
+}
+
+template <int KIND>
+__device__ __forceinline__ u32 narrow(float low, float high) {
+    return KIND == 1 ? pack_bfloat16(low, high) : pack_half(low, high);
+}
+
+template <int KIND>
+__device__ __forceinline__ float number_at(const void* base, i64 index) {
+    if (KIND == 0) return static_cast<const float*>(base)[index];
+    return widen<KIND>(static_cast<const u16*>(base)[index]);
+}

@@ -1,0 +1,824 @@
+// The selective scan for many rows, forward and backward, compiled at run time for one set of the
+// macros below.
+//
+// A lane walks through PER_LANE channels of one row, a warp through 32 times as many that lie side
+// by side. It takes TILE tokens at a time: their Δ and Δ·x are in registers, and for one state
+// after the other all of the tile's tokens are advanced. States and rates lie in shared memory, in
+// columns of which each lane only touches its own; B and C of a tile lie there as [state][token],
+// so that a lane reads four tokens at once, the same for the whole warp. Nothing is exchanged
+// between lanes but, in the backward, the sums over channels that are the gradients of B and C.
+//
+// When gradients are wanted, the forward saves the states before every CHUNK tokens. The backward
+// takes the chunks from the last to the first: from the saved state it finds that before each tile,
+// then takes the tiles from the last to the first.
+//
+//   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND   see numbers.cuh
+//   X_TOKEN DELTA_TOKEN B_TOKEN C_TOKEN Z_TOKEN   strides from token to token, in elements: known
+//             here, they cost no instructions
+//   CHANNELS  of a row
+//   STATES    any number
+//   PER_LANE  channels a lane: 1 or 2
+//   TILE      tokens: 4, 8 or 16
+//   CHUNK     tokens from saved state to saved state, a multiple of TILE
+//   WARPS     of a block
+//   BLOCKS    that shall fit on a multiprocessor
+//   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL PACKED  0 or 1
+//   WIDE      1: a lane's two channels can be read and written at once
+//   SAVE      1: the forward saves states
+//   BACKWARD  which of the kernels this is
+//   SHARED    bytes of shared memory, as launched
+
+#include "numbers.cuh"
+
+constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
+constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
+constexpr int SQUARE = STATES * TILE;      // B or C of a tile
+constexpr int TILES = CHUNK / TILE;
+constexpr bool EVEN = CHANNELS % (WARPS * SPAN) == 0;  // all channels of all blocks exist
+constexpr int LOADS = (SQUARE + 31) / 32;  // numbers of B or C that a lane fetches
+
+static_assert(CHUNK % TILE == 0 && TILE % 4 == 0, "tiles do not fit");
+
+struct Parameters {
+    const void *x, *delta, *B, *C, *z, *skip, *bias;
+    const float *A, *floor, *scale, *decay, *initial;
+    const u8* valid;
+    const i64* bounds;
+    void* y;
+    float *final, *saved;
+    const void* dy;
+    const float* dfinal;
+    void *dx, *ddelta, *dz;
+    float *dA, *dB, *dC, *dskip, *dbias, *dinitial;
+    i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
+    i64 valid_token, length, part;
+    int floor_row, scale_row, decay_row;
+};
+
+// Which tokens a row has, among those of the tensors.
+struct Row {
+    i64 row, batch, first, length, chunk;
+
+    __device__ __forceinline__ explicit Row(const Parameters& p) {
+        row = blockIdx.y;
+        batch = PACKED ? 0 : row;
+        first = PACKED ? p.bounds[row] : 0;
+        length = PACKED ? p.bounds[row + 1] - first : p.length;
+        chunk = PACKED ? first / CHUNK + row : row * ((p.length + CHUNK - 1) / CHUNK);
+    }
+    __device__ __forceinline__ int chunks() const {
+        return static_cast<int>((length + CHUNK - 1) / CHUNK);
+    }
+};
+
+__device__ __forceinline__ int rows_of(i64 left) {
+    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
+}
+
+// A lane's numbers of one token, as they lie in memory.
+template <int KIND>
+struct Raw {
+    u32 word[KIND == 0 ? PER_LANE : 1];
+
+    template <bool SURE>
+    __device__ __forceinline__ void load(const void* from, int count) {
+#pragma unroll
+        for (u32& w : word) w = 0;
+        if (PER_LANE == 2 && WIDE) {
+            if (!SURE && count <= 0) return;
+            if (KIND == 0) {
+                uint2 both = *static_cast<const uint2*>(from);
+                word[0] = both.x, word[PER_LANE - 1] = both.y;
+            } else {
+                word[0] = *static_cast<const u32*>(from);
+            }
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < PER_LANE; c++) {
+            if (!SURE && c >= count) continue;
+            if (KIND == 0)
+                word[c] = static_cast<const u32*>(from)[c];
+            else
+                word[0] |= static_cast<u32>(static_cast<const u16*>(from)[c]) << 16 * c;
+        }
+    }
+    __device__ __forceinline__ float at(int c) const {
+        if (KIND == 0) return __uint_as_float(word[c]);
+        if (KIND == 1 && c) return __uint_as_float(word[0] & 0xffff0000u);
+        return widen<KIND>(c ? word[0] >> 16 : word[0] & 0xffffu);
+    }
+};
+
+template <int KIND, bool SURE>
+__device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int count) {
+    if (PER_LANE == 2 && WIDE) {
+        if (!SURE && count <= 0) return;
+        if (KIND == 0)
+            *static_cast<float2*>(to) = make_float2(v[0], v[PER_LANE - 1]);
+        else
+            *static_cast<u32*>(to) = narrow<KIND == 1 ? 1 : 2>(v[0], v[PER_LANE - 1]);
+        return;
+    }
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++) {
+        if (!SURE && c >= count) continue;
+        if (KIND == 0)
+            static_cast<float*>(to)[c] = v[c];
+        else
+            static_cast<u16*>(to)[c] = static_cast<u16>(narrow<KIND == 1 ? 1 : 2>(v[c], 0.0f));
+    }
+}
+
+// Where a lane's numbers of a tensor lie.
+template <int KIND, i64 TOKEN>
+struct Stream {
+    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
+    const char* from;  // of the row's first token
+
+    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first, int channel) {
+        from = static_cast<const char*>(base) + (row_at + first * TOKEN + channel) * BYTES<KIND>;
+    }
+    template <bool FULL>
+    __device__ __forceinline__ void load(Raw<KIND> (&to)[TILE], i64 token, int rows,
+                                         int count) const {
+        const char* here = from + token * STEP;
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+            to[t].template load<FULL && EVEN>(here + t * STEP, FULL || t < rows ? count : 0);
+    }
+};
+
+__device__ __forceinline__ void read_column(float (&to)[PER_LANE], const float* from) {
+    if (PER_LANE == 2) {
+        float2 v = *reinterpret_cast<const float2*>(from);
+        to[0] = v.x, to[PER_LANE - 1] = v.y;
+    } else {
+        to[0] = *from;
+    }
+}
+
+__device__ __forceinline__ void write_column(float* to, const float (&v)[PER_LANE]) {
+    if (PER_LANE == 2)
+        *reinterpret_cast<float2*>(to) = make_float2(v[0], v[PER_LANE - 1]);
+    else
+        *to = v[0];
+}
+
+__device__ __forceinline__ void read_square(float (&to)[TILE], const float* from) {
+#pragma unroll
+    for (int t = 0; t < TILE; t += 4) {
+        float4 v = *reinterpret_cast<const float4*>(from + t);
+        to[t] = v.x, to[t + 1] = v.y, to[t + 2] = v.z, to[t + 3] = v.w;
+    }
+}
+
+// B or C of a tile, on its way to shared memory.
+template <int KIND, i64 TOKEN>
+struct Projection {
+    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
+    const char* from;
+    u32 number[LOADS];
+
+    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first) {
+        from = static_cast<const char*>(base) + (row_at + first * TOKEN) * BYTES<KIND>;
+    }
+    template <bool FULL>
+    __device__ __forceinline__ void load(i64 token, int rows, int lane) {
+        const char* here = from + token * STEP;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            int t = (lane + 32 * i) / STATES, n = (lane + 32 * i) % STATES;
+            const char* at = here + t * STEP + n * BYTES<KIND>;
+            number[i] = 0;
+            if ((!FULL && t >= rows) || t >= TILE) continue;
+            number[i] = KIND == 0 ? *reinterpret_cast<const u32*>(at)
+                                  : *reinterpret_cast<const u16*>(at);
+        }
+    }
+    __device__ __forceinline__ void spread(float* to, int lane) const {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            int t = (lane + 32 * i) / STATES, n = (lane + 32 * i) % STATES;
+            if (t < TILE) to[n * TILE + t] = widen<KIND>(number[i]);
+        }
+    }
+};
+
+// What a lane knows of its channels, and what both kernels make of Δ and x.
+struct Lane {
+    int lane, channel, count;  // the first of its channels, and how many of them exist
+    float bias[PER_LANE], scale[PER_LANE], floor[PER_LANE], skip[PER_LANE];
+    Stream<X_KIND, X_TOKEN> x;
+    Stream<DELTA_KIND, DELTA_TOKEN> delta;
+    Stream<Z_KIND, Z_TOKEN> z;
+    const u8* valid;
+    i64 valid_step;
+
+    __device__ __forceinline__ Lane(const Parameters& p, const Row& row) {
+        lane = threadIdx.x % 32;
+        int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+        channel = (blockIdx.x * WARPS + warp) * SPAN + lane * PER_LANE;
+        count = EVEN ? PER_LANE : max(0, min(PER_LANE, CHANNELS - channel));
+        x.place(p.x, row.batch * p.x_row, row.first, channel);
+        delta.place(p.delta, row.batch * p.delta_row, row.first, channel);
+        if (HAS_Z) z.place(p.z, row.batch * p.z_row, row.first, channel);
+        if (VALID) valid = p.valid + row.batch * p.valid_row;
+        valid_step = VALID ? p.valid_token : 0;
+#pragma unroll
+        for (int c = 0; c < PER_LANE; c++) {
+            int d = channel + c;
+            bool here = c < count;
+            bias[c] = HAS_BIAS && here ? number_at<BIAS_KIND>(p.bias, d) : 0.0f;
+            scale[c] = SCALE && here ? p.scale[row.row * p.scale_row + d] : 1.0f;
+            floor[c] = FLOOR && here ? p.floor[row.row * p.floor_row + d] : 0.0f;
+            skip[c] = HAS_SKIP && here ? number_at<SKIP_KIND>(p.skip, d) : 0.0f;
+        }
+    }
+
+    // Whether there is a token t in the tile and it is no padding.
+    template <bool FULL>
+    __device__ __forceinline__ bool open(i64 token, int t, int rows) const {
+        return (FULL || t < rows) && (!VALID || valid[(token + t) * valid_step]);
+    }
+    __device__ __forceinline__ bool frozen(float v, float step, int c) const {
+        if (!FLOOR) return false;
+        if (fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]))
+            return below_floor(v, scale[c], floor[c], SOFTPLUS, SCALE);
+        return step < floor[c];
+    }
+    __device__ __forceinline__ float step_of(float v, int c) const {
+        float step = SOFTPLUS ? softplus(v) : v;
+        if (SCALE) step *= scale[c];
+        return frozen(v, step, c) ? 0.0f : step;
+    }
+    // Δ and x of a token; both 0 for padding, which can hold anything.
+    __device__ __forceinline__ void make(float& step, float& value, const Raw<DELTA_KIND>& raw,
+                                         const Raw<X_KIND>& number, int c, bool is_open) const {
+        step = is_open ? step_of(raw.at(c) + bias[c], c) : 0.0f;
+        value = VALID && !is_open ? 0.0f : number.at(c);
+    }
+};
+
+#ifndef WAY
+#define WAY 0
+#endif
+__device__ __forceinline__ float decay_of(float step, float rate) {
+    float p = step * rate;
+    if (WAY == 0) return exp2_fast(p);
+    if (WAY == 1) {
+        float rest = fmaf(step, rate, -p), power = exp2_fast(p);
+        return fmaf(power, rest * LN2, power);
+    }
+    p = fmaxf(p, -126.0f);
+    float magic = p + 12582912.0f, f = p - (magic - 12582912.0f);
+    float r = fmaf(f, 0.00015326471475418657f, 0.0013390806270763278f);
+    r = fmaf(f, r, 0.009618505835533142f);
+    r = fmaf(f, r, 0.05550359934568405f);
+    r = fmaf(f, r, 0.24022647738456726f);
+    r = fmaf(f, r, 0.6931471824645996f);
+    r = fmaf(f, r, 1.0f);
+    return __uint_as_float(__float_as_uint(r) + (__float_as_uint(magic) << 23));
+}
+
+// The rates of a lane's channels, for exp2, into its columns.
+__device__ __forceinline__ void place_rates(float* to, const Parameters& p, const Lane& at,
+                                            const Row& row) {
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++) {
+        bool here = c < at.count;
+        i64 d = at.channel + c;
+        float scale = DECAY && here ? p.decay[row.row * p.decay_row + d] : 1.0f;
+        for (int n = 0; n < STATES; n++) {
+            float A = here ? p.A[d * STATES + n] : 0.0f;
+            // A = -inf forgets at once, but a frozen or padded token must not make it NaN.
+            to[n * SPAN + c] = fmaxf(A * scale * LOG2E, -3e38f);
+        }
+    }
+}
+
+// The columns of a lane from or to (row, channel, state).
+__device__ __forceinline__ void columns_from(float* to, const float* from, const Lane& at, i64 row) {
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++)
+        for (int n = 0; n < STATES; n++)
+            to[n * SPAN + c] =
+                from && c < at.count ? from[(row * CHANNELS + at.channel + c) * STATES + n] : 0.0f;
+}
+
+__device__ __forceinline__ void columns_to(float* to, const float* from, const Lane& at, i64 row) {
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++)
+        for (int n = 0; n < STATES; n++)
+            if (c < at.count)
+                to[(row * CHANNELS + at.channel + c) * STATES + n] = from[n * SPAN + c];
+}
+
+#if !BACKWARD
+
+constexpr int WARP_SHARED = 2 * COLUMNS + 2 * SQUARE;
+
+struct Forward {
+    const Parameters& p;
+    Row row;
+    Lane at;
+    float *A, *h, *B, *C;  // A and h: the lane's columns
+    Projection<B_KIND, B_TOKEN> B_from;
+    Projection<C_KIND, C_TOKEN> C_from;
+    char* y;
+
+    __device__ __forceinline__ Forward(const Parameters& given, float* shared)
+        : p(given), row(given), at(given, row) {
+        A = shared + at.lane * PER_LANE;
+        h = A + COLUMNS;
+        B = shared + 2 * COLUMNS;
+        C = B + SQUARE;
+        B_from.place(p.B, row.batch * p.B_row, row.first);
+        C_from.place(p.C, row.batch * p.C_row, row.first);
+        y = static_cast<char*>(p.y) +
+            ((row.batch * p.length + row.first) * CHANNELS + at.channel) * BYTES<X_KIND>;
+        place_rates(A, p, at, row);
+        columns_from(h, INITIAL ? p.initial : nullptr, at, row.row);
+    }
+
+    __device__ __forceinline__ void save(int chunk) const {
+        float* to = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
+#pragma unroll 4
+        for (int n = 0; n < STATES; n++)
+#pragma unroll
+            for (int c = 0; c < PER_LANE; c++)
+                if (c < at.count) to[static_cast<i64>(n) * CHANNELS + c] = h[n * SPAN + c];
+    }
+
+    __device__ __forceinline__ void advance(const float (&step)[PER_LANE][TILE],
+                                            const float (&written)[PER_LANE][TILE],
+                                            float (&sum)[PER_LANE][TILE]) {
+#pragma unroll 1
+        for (int n = 0; n < STATES; n++) {
+            float rate[PER_LANE], state[PER_LANE], b[TILE], c[TILE];
+            read_column(rate, A + n * SPAN);
+            read_column(state, h + n * SPAN);
+            read_square(b, B + n * TILE);
+            read_square(c, C + n * TILE);
+#pragma unroll
+            for (int t = 0; t < TILE; t++)
+#pragma unroll
+                for (int k = 0; k < PER_LANE; k++) {
+                    float decay = decay_of(step[k][t], rate[k]);
+                    state[k] = fmaf(decay, state[k], written[k][t] * b[t]);
+                    sum[k][t] = fmaf(c[t], state[k], sum[k][t]);
+                }
+            write_column(h + n * SPAN, state);
+        }
+    }
+
+    template <bool FULL>
+    __device__ __forceinline__ void tile(i64 token, int rows) {
+        Raw<X_KIND> x[TILE];
+        Raw<DELTA_KIND> delta[TILE];
+        Raw<Z_KIND> z[TILE];
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
+        C_from.template load<FULL>(token, rows, at.lane);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        __syncwarp();
+        B_from.spread(B, at.lane);
+        C_from.spread(C, at.lane);
+        float step[PER_LANE][TILE], written[PER_LANE][TILE], sum[PER_LANE][TILE];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            bool open = at.template open<FULL>(token, t, rows);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                float value;
+                at.make(step[k][t], value, delta[t], x[t], k, open);
+                written[k][t] = step[k][t] * value;
+                sum[k][t] = at.skip[k] * value;
+            }
+        }
+        __syncwarp();
+        advance(step, written, sum);
+        char* to = y + token * CHANNELS * BYTES<X_KIND>;
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            float out[PER_LANE];
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                out[k] = sum[k][t];
+                if (HAS_Z) out[k] *= z[t].at(k) * sigmoid(z[t].at(k));
+                if (VALID && !at.template open<FULL>(token, t, rows)) out[k] = 0.0f;
+            }
+            store<X_KIND, FULL && EVEN>(to + t * CHANNELS * BYTES<X_KIND>, out,
+                                        FULL || t < rows ? at.count : 0);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+#pragma unroll 1
+        for (i64 token = 0; token < row.length; token += TILE) {
+            if (SAVE && token % CHUNK == 0) save(static_cast<int>(token / CHUNK));
+            int rows = rows_of(row.length - token);
+            if (rows == TILE)
+                tile<true>(token, TILE);
+            else
+                tile<false>(token, rows);
+        }
+        columns_to(p.final, h, at, row.row);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    selective_scan_wide(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(16) float buffers[];
+    static_assert(SHARED == WARPS * WARP_SHARED * 4, "the launch has another size");
+    Forward(p, buffers + threadIdx.x / 32 * WARP_SHARED).run();
+}
+
+#else
+
+constexpr int WARP_SHARED = (3 + TILES) * COLUMNS + 2 * SQUARE;
+constexpr int SUMS = 2 * SQUARE;  // of one warp's channels: gradients of B, then of C, of a tile
+
+// Two lanes that differ in one bit hold sums of two sets of numbers: each keeps one set, and gets the
+// other lane's part of it.
+template <int HALF, int COUNT>
+__device__ __forceinline__ void exchange(float (&v)[COUNT], int lane, int bit) {
+    bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        float given = upper ? v[i] : v[i + HALF];
+        v[i] = (upper ? v[i + HALF] : v[i]) + __shfl_xor_sync(~0u, given, bit);
+    }
+}
+
+__device__ __forceinline__ float with_other(float v, int bit) {
+    return v + __shfl_xor_sync(~0u, v, bit);
+}
+
+// d += a · b, 16 × 8 × 8; a and b are cut to 11 significant bits.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const float* a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// The sums over a warp's channels of one state in a tile: the gradients of C, then those of B.
+// Where those are bfloat16 anyhow, tensor cores add up fours of lanes: the numbers of four tokens
+// are a matrix, the other one has ones in two columns and chooses where the sums go.
+#ifndef ROUGH
+#define ROUGH (B_KIND == 1 && C_KIND == 1)
+#endif
+struct OverChannels {
+    static constexpr int COUNT = 2 * TILE;
+    static constexpr int PARTS = (COUNT + 15) / 16;
+    float exact[2], rough[PARTS][4];
+
+    __device__ __forceinline__ OverChannels() {
+#pragma unroll
+        for (int i = 0; i < PARTS * 4; i++) rough[i / 4][i % 4] = 0.0f;
+    }
+    __device__ __forceinline__ void add(int which, float (&v)[TILE], int lane) {
+        if (ROUGH) {
+#pragma unroll
+            for (int i = 0; i < TILE / 4; i++) {
+                int quad = which * TILE / 4 + i, column = lane / 4;
+                multiply_add(rough[quad / 4], v + 4 * i, column == quad % 4 * 2 ? 1.0f : 0.0f,
+                             column == quad % 4 * 2 + 1 ? 1.0f : 0.0f);
+            }
+            return;
+        }
+        if (TILE >= 16) exchange<TILE / 2>(v, lane, 8);
+        if (TILE >= 8) exchange<TILE >= 16 ? 4 : TILE / 2>(v, lane, 4);
+        exchange<2>(v, lane, 2);
+        exchange<1>(v, lane, 1);
+        float sum = v[0];
+#pragma unroll
+        for (int bit = TILE; bit < 32; bit *= 2) sum = with_other(sum, bit);
+        exact[which] = sum;
+    }
+    // The rows of `to` are tokens, first those of the gradients of B.
+    __device__ __forceinline__ void store(float* to, int lane) {
+        if (ROUGH) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                float(&v)[4] = rough[part];
+                exchange<2>(v, lane, 4);
+                exchange<1>(v, lane, 8);
+                float sum = with_other(v[0], 16);
+                int item = part * 16 + token_of(lane);
+                bool of_C = item < TILE;
+                if (lane < 16 && item < COUNT)
+                    to[(of_C ? item + TILE : item - TILE) * STATES] = sum;
+            }
+            return;
+        }
+        if (lane < TILE) {
+            to[token_of(lane) * STATES] = exact[1];
+            to[(token_of(lane) + TILE) * STATES] = exact[0];
+        }
+    }
+    // Whose sum a lane is left with.
+    __device__ __forceinline__ static int token_of(int lane) {
+        if (ROUGH) return lane % 4 * 4 + (lane & 4 ? 1 : 0) + (lane & 8 ? 2 : 0);
+        int low = (lane & 2 ? 2 : 0) + (lane & 1);
+        return low + (TILE >= 8 && lane & 4 ? 4 : 0) + (TILE >= 16 && lane & 8 ? 8 : 0);
+    }
+};
+
+struct Backward {
+    const Parameters& p;
+    Row row;
+    Lane at;
+    float *A, *G, *dA, *before, *B, *C;  // the first four: the lane's columns
+    float *sums, *all_sums;              // of this warp, of the block; two sets in turn
+    int set, warp;
+    Projection<B_KIND, B_TOKEN> B_from;
+    Projection<C_KIND, C_TOKEN> C_from;
+    Stream<X_KIND, CHANNELS> dy;
+    i64 out;  // of the row's first token and the lane's first channel in a dense tensor
+    float dskip[PER_LANE], dbias[PER_LANE];
+
+    __device__ __forceinline__ Backward(const Parameters& given, float* shared)
+        : p(given), row(given), at(given, row) {
+        warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+        float* mine = shared + warp * WARP_SHARED;
+        A = mine + at.lane * PER_LANE;
+        G = A + COLUMNS;
+        dA = G + COLUMNS;
+        before = dA + COLUMNS;
+        B = mine + (3 + TILES) * COLUMNS;
+        C = B + SQUARE;
+        all_sums = shared + WARPS * WARP_SHARED;
+        sums = all_sums + warp * SUMS;
+        set = 0;
+        B_from.place(p.B, row.batch * p.B_row, row.first);
+        C_from.place(p.C, row.batch * p.C_row, row.first);
+        out = (row.batch * p.length + row.first) * CHANNELS + at.channel;
+        dy.place(p.dy, row.batch * p.length * CHANNELS, row.first, at.channel);
+        place_rates(A, p, at, row);
+        columns_from(G, p.dfinal, at, row.row);
+        columns_from(dA, nullptr, at, row.row);
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
+    }
+
+    __device__ __forceinline__ void restore(int chunk) {
+        const float* from = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
+#pragma unroll 8
+        for (int n = 0; n < STATES; n++)
+#pragma unroll
+            for (int c = 0; c < PER_LANE; c++)
+                before[n * SPAN + c] =
+                    c < at.count ? from[static_cast<i64>(n) * CHANNELS + c] : 0.0f;
+    }
+
+    // The states before the tile behind this one.
+    __device__ __forceinline__ void sweep(i64 token, int tile) {
+        constexpr bool FULL = true;  // there is a tile behind it
+        constexpr int rows = TILE;
+        Raw<X_KIND> x[TILE];
+        Raw<DELTA_KIND> delta[TILE];
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
+        __syncwarp();
+        B_from.spread(B, at.lane);
+        float step[PER_LANE][TILE], written[PER_LANE][TILE];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            bool open = at.template open<FULL>(token, t, rows);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                float value;
+                at.make(step[k][t], value, delta[t], x[t], k, open);
+                written[k][t] = step[k][t] * value;
+            }
+        }
+        __syncwarp();
+        const float* from = before + tile * COLUMNS;
+#pragma unroll 1
+        for (int n = 0; n < STATES; n++) {
+            float rate[PER_LANE], state[PER_LANE], b[TILE];
+            read_column(rate, A + n * SPAN);
+            read_column(state, from + n * SPAN);
+            read_square(b, B + n * TILE);
+#pragma unroll
+            for (int t = 0; t < TILE; t++)
+#pragma unroll
+                for (int k = 0; k < PER_LANE; k++)
+                    state[k] = fmaf(decay_of(step[k][t], rate[k]), state[k],
+                                    written[k][t] * b[t]);
+            write_column(before + (tile + 1) * COLUMNS + n * SPAN, state);
+        }
+    }
+
+    // A tile's numbers, and the sums over the states that are gathered for each of its tokens.
+    struct Tile {
+        float step[PER_LANE][TILE], written[PER_LANE][TILE], dy[PER_LANE][TILE];
+        float y[PER_LANE][TILE], into[PER_LANE][TILE], through[PER_LANE][TILE];
+    };
+
+    template <bool FULL>
+    __device__ __forceinline__ void read(Tile& of, i64 token, int rows) {
+        Raw<X_KIND> x[TILE], given[TILE];
+        Raw<DELTA_KIND> delta[TILE];
+        Raw<Z_KIND> z[TILE];
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        B_from.template load<FULL>(token, rows, at.lane);
+        C_from.template load<FULL>(token, rows, at.lane);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        dy.template load<FULL>(given, token, rows, at.count);
+        __syncwarp();
+        B_from.spread(B, at.lane);
+        C_from.spread(C, at.lane);
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            bool open = at.template open<FULL>(token, t, rows);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                float value;
+                at.make(of.step[k][t], value, delta[t], x[t], k, open);
+                of.written[k][t] = of.step[k][t] * value;
+                float slope = given[t].at(k);
+                if (HAS_Z) slope *= z[t].at(k) * sigmoid(z[t].at(k));
+                of.dy[k][t] = VALID && !open ? 0.0f : slope;
+                of.y[k][t] = of.into[k][t] = of.through[k][t] = 0.0f;
+            }
+        }
+        __syncwarp();
+    }
+
+    // One state through a tile and back.
+    __device__ __forceinline__ void state(Tile& of, int n, const float* from) {
+        float rate[PER_LANE], now[PER_LANE], b[TILE], c[TILE], part[TILE];
+        float decay[PER_LANE][TILE], kept[PER_LANE][TILE];
+        read_column(rate, A + n * SPAN);
+        read_column(now, from + n * SPAN);
+        read_square(b, B + n * TILE);
+        read_square(c, C + n * TILE);
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                decay[k][t] = decay_of(of.step[k][t], rate[k]);
+                kept[k][t] = decay[k][t] * now[k];
+                now[k] = fmaf(of.written[k][t], b[t], kept[k][t]);
+                of.y[k][t] = fmaf(c[t], now[k], of.y[k][t]);
+                part[t] = k ? fmaf(of.dy[k][t], now[k], part[t]) : of.dy[k][t] * now[k];
+            }
+        OverChannels over;
+        over.add(0, part, at.lane);
+        float grad[PER_LANE], rate_grad[PER_LANE];
+        read_column(grad, G + n * SPAN);
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) rate_grad[k] = 0.0f;
+#pragma unroll
+        for (int t = TILE - 1; t >= 0; t--)
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                grad[k] = fmaf(of.dy[k][t], c[t], grad[k]);
+                of.into[k][t] = fmaf(grad[k], b[t], of.into[k][t]);
+                part[t] = k ? fmaf(of.written[k][t], grad[k], part[t]) : of.written[k][t] * grad[k];
+                float passed = grad[k] * kept[k][t];
+                of.through[k][t] = fmaf(passed, rate[k], of.through[k][t]);
+                rate_grad[k] = fmaf(passed, of.step[k][t], rate_grad[k]);
+                grad[k] *= decay[k][t];
+            }
+        write_column(G + n * SPAN, grad);
+        float before_now[PER_LANE];
+        read_column(before_now, dA + n * SPAN);
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) rate_grad[k] += before_now[k];
+        write_column(dA + n * SPAN, rate_grad);
+        over.add(1, part, at.lane);
+        over.store(sums + set * WARPS * SUMS + n, at.lane);
+    }
+
+    template <bool FULL>
+    __device__ __forceinline__ void write(const Tile& of, i64 token, int rows) {
+        Raw<X_KIND> x[TILE], given[TILE];
+        Raw<DELTA_KIND> delta[TILE];
+        Raw<Z_KIND> z[TILE];
+        at.delta.template load<FULL>(delta, token, rows, at.count);
+        at.x.template load<FULL>(x, token, rows, at.count);
+        if (HAS_Z) at.z.template load<FULL>(z, token, rows, at.count);
+        if (HAS_Z) dy.template load<FULL>(given, token, rows, at.count);
+        i64 at_tile = out + token * CHANNELS;
+        float dskip_here[PER_LANE], dbias_here[PER_LANE];
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) dskip_here[k] = dbias_here[k] = 0.0f;
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            bool open = at.template open<FULL>(token, t, rows);
+            int count = FULL || t < rows ? at.count : 0;
+            float dx[PER_LANE], ddelta[PER_LANE], dz[PER_LANE];
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                float value = VALID && !open ? 0.0f : x[t].at(k);
+                float raw = delta[t].at(k) + at.bias[k];
+                float slope = SOFTPLUS ? sigmoid(raw) : 1.0f;
+                if (SCALE) slope *= at.scale[k];
+                bool stopped = !open;
+                if (FLOOR) {
+                    float step = SOFTPLUS ? softplus(raw) : raw;
+                    stopped = stopped || at.frozen(raw, SCALE ? step * at.scale[k] : step, k);
+                }
+                dx[k] = fmaf(of.step[k][t], of.into[k][t], at.skip[k] * of.dy[k][t]);
+                ddelta[k] = fmaf(of.through[k][t], LN2, of.into[k][t] * value) * slope;
+                if (stopped) ddelta[k] = 0.0f;
+                dskip_here[k] = fmaf(of.dy[k][t], value, dskip_here[k]);
+                dbias_here[k] += ddelta[k];
+                if (HAS_Z) {
+                    float gate = z[t].at(k), share = sigmoid(gate);
+                    float y = fmaf(at.skip[k], value, of.y[k][t]);
+                    dz[k] = given[t].at(k) * y * share * fmaf(gate, 1.0f - share, 1.0f);
+                    if (VALID && !open) dz[k] = 0.0f;
+                }
+            }
+            i64 to = at_tile + t * CHANNELS;
+            store<X_KIND, FULL && EVEN>(static_cast<char*>(p.dx) + to * BYTES<X_KIND>, dx, count);
+            store<DELTA_KIND, FULL && EVEN>(static_cast<char*>(p.ddelta) + to * BYTES<DELTA_KIND>, ddelta, count);
+            if (HAS_Z) store<Z_KIND, FULL && EVEN>(static_cast<char*>(p.dz) + to * BYTES<Z_KIND>, dz, count);
+        }
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) dskip[k] += dskip_here[k], dbias[k] += dbias_here[k];
+    }
+
+    // The block's share of the gradients of B and C, once all of its warps are there.
+    template <bool FULL>
+    __device__ __forceinline__ void flush(i64 token, int rows) {
+        __syncthreads();
+        const float* from = all_sums + set * WARPS * SUMS;
+        i64 to = (blockIdx.x * p.part + row.batch * p.length + row.first + token) * STATES;
+#pragma unroll
+        for (int start = 0; start < SQUARE; start += WARPS * 32) {
+            int item = start + threadIdx.x;
+            if (item >= (FULL ? SQUARE : rows * STATES)) continue;
+            p.dB[to + item] = over_warps(from + item);
+            p.dC[to + item] = over_warps(from + SQUARE + item);
+        }
+        set ^= 1;
+    }
+    __device__ __forceinline__ static float over_warps(const float* from) {
+        float total = from[0];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) total += from[w * SUMS];
+        return total;
+    }
+
+    template <bool FULL>
+    __device__ __forceinline__ void tile(i64 token, int rows, const float* from) {
+        Tile of;
+        read<FULL>(of, token, rows);
+#pragma unroll 1
+        for (int n = 0; n < STATES; n++) state(of, n, from);
+        write<FULL>(of, token, rows);
+        flush<FULL>(token, rows);
+    }
+
+    __device__ __forceinline__ void run() {
+#pragma unroll 1
+        for (int chunk = row.chunks() - 1; chunk >= 0; chunk--) {
+            i64 first = static_cast<i64>(chunk) * CHUNK;
+            restore(chunk);
+#pragma unroll 1
+            for (int i = 0; i < TILES - 1; i++)
+                if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
+#pragma unroll 1
+            for (int i = TILES - 1; i >= 0; i--) {
+                int rows = rows_of(row.length - first - i * TILE);
+                if (rows == TILE)
+                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS);
+                else if (rows > 0)
+                    tile<false>(first + i * TILE, rows, before + i * COLUMNS);
+            }
+        }
+        finish();
+    }
+
+    __device__ __forceinline__ void finish() const {
+        columns_to(p.dinitial, G, at, row.row);
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) {
+            if (k >= at.count) continue;
+            i64 d = row.row * CHANNELS + at.channel + k;
+            float scale = DECAY ? p.decay[row.row * p.decay_row + at.channel + k] : 1.0f;
+            for (int n = 0; n < STATES; n++) p.dA[d * STATES + n] = dA[n * SPAN + k] * scale;
+            p.dskip[d] = dskip[k];
+            p.dbias[d] = dbias[k];
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    selective_scan_wide(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(16) float buffers[];
+    static_assert(SHARED == WARPS * (WARP_SHARED + 2 * SUMS) * 4, "the launch has another size");
+    Backward(p, buffers).run();
+}
+
+#endif

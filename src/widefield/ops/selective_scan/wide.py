@@ -1,0 +1,366 @@
+"""The selective scan in CUDA C++ for many rows, differentiable: layouts, launches, gradients.
+
+The kernels are in wide.cu: a lane walks through its channels from the first token to the last, so
+there must be enough rows and channels to fill the GPU; for few of them there is native.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.ops import _nvrtc
+from widefield.plan import LayerPlan, ScanInputs
+
+__all__ = ["Layout", "backward_layout", "forward_layout", "selective_scan", "supports"]
+
+_SOURCE = Path(__file__).with_name("wide.cu")
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATES = 256
+_ROWS = 1 << 16  # of a grid
+_READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kernel cuts up its work.
+
+    Attributes:
+        per_lane: channels a lane, 1 or 2.
+        tile: tokens that are in registers at once: 4, 8 or 16.
+        chunk: tokens from one saved state to the next, a multiple of `tile`.
+        warps: of a block.
+        blocks: that shall fit on a multiprocessor; bounds the registers.
+    """
+
+    per_lane: int = 1
+    tile: int = 16
+    chunk: int = 32
+    warps: int = 4
+    blocks: int = 4
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.warps * 32 * self.per_lane
+
+    def shared_bytes(self, states: int, backward: bool) -> int:
+        """Shared memory of a block, as the kernel computes it."""
+        column, square = 32 * self.per_lane * states, self.tile * states
+        if not backward:
+            return 4 * self.warps * (2 * column + 2 * square)
+        return 4 * self.warps * ((3 + self.chunk // self.tile) * column + 6 * square)
+
+
+def forward_layout(states: int, shared: int) -> Layout:
+    """The layout of the forward where a block may have `shared` bytes of shared memory."""
+    return _fitted(Layout(), states, shared, backward=False)
+
+
+def backward_layout(states: int, shared: int) -> Layout:
+    """The same for the backward."""
+    return _fitted(Layout(blocks=3), states, shared, backward=True)
+
+
+def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
+    if states > 32:
+        layout = replace(layout, tile=4 if states > 128 else 8, blocks=1)
+    while layout.shared_bytes(states, backward) > shared and layout.warps > 1:
+        layout = replace(layout, warps=layout.warps // 2)
+    while layout.shared_bytes(states, backward) > shared and layout.chunk > layout.tile:
+        layout = replace(layout, chunk=layout.chunk // 2)
+    return layout
+
+
+class _Parameters(ctypes.Structure):
+    """The kernels' struct of the same name."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "x", "delta", "B", "C", "z", "skip", "bias", "A", "floor", "scale", "decay", "initial",
+            "valid", "bounds", "y", "final", "saved", "dy", "dfinal", "dx", "ddelta", "dz",
+            "dA", "dB", "dC", "dskip", "dbias", "dinitial",
+        )),
+        *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
+        *((name, ctypes.c_longlong) for name in ("valid_token", "length", "part")),
+        *((name, ctypes.c_int) for name in ("floor_row", "scale_row", "decay_row")),
+    )  # fmt: skip
+
+
+def supports(inputs: ScanInputs) -> bool:
+    """Whether these kernels can run the scan, gradients included."""
+    x = inputs.x
+    rows = _rows_of(x, inputs.cu_seqlens)
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and rows < _ROWS):
+        return False
+    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
+    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
+    return (
+        all(t.dtype in _KINDS for t in large + small)
+        and inputs.A.dtype == torch.float32
+        and _fits(x.device.index, inputs.A.shape[1])
+        and _nvrtc.available(x.device.index)
+    )
+
+
+def selective_scan(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """Run a scan that is supported; the same contract as the reference, gradients included.
+
+    Args:
+        inputs: what the scan reads.
+        plan: what a method asks of this layer.
+
+    Returns:
+        y in the dtype of x, and the final state in float32.
+    """
+    return _Scan.apply(
+        inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
+        inputs.delta_bias, inputs.initial_state, inputs, plan,
+    )  # fmt: skip
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+        D: Tensor | None, z: Tensor | None, bias: Tensor | None, initial: Tensor | None,
+        inputs: ScanInputs, plan: LayerPlan,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        call = Call.prepare(
+            inputs.replace(
+                x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=bias, initial_state=initial
+            ),
+            plan,
+        )
+        save = any(ctx.needs_input_grad)
+        y, final, saved = call.forward(save)
+        if save:
+            ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
+            ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
+            ctx.wanted = (D is not None, z is not None, bias is not None, initial is not None)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, saved = ctx.saved_tensors
+        given = iter(tensors)
+        call = replace(
+            ctx.call, tensors=tuple(next(given) if there else None for there in ctx.saved)
+        )
+        dx, ddelta, dA, dB, dC, dskip, dz, dbias, dinitial = call.backward(dy, dfinal, saved)
+        has_skip, has_z, has_bias, has_initial = ctx.wanted
+        return (
+            dx, ddelta, dA, dB, dC,
+            dskip if has_skip else None,
+            dz if has_z else None,
+            dbias if has_bias else None,
+            dinitial if has_initial else None,
+            None, None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's tensors as the kernels read them, and which variant of the kernels that takes.
+
+    Attributes:
+        tensors: x, delta, B, C, z, skip, bias, A, floor, scale, decay, initial, valid, bounds.
+        softplus: whether Δ is made by a softplus.
+        layouts: of the forward and the backward.
+    """
+
+    tensors: tuple[Any, ...]
+    softplus: bool
+    layouts: tuple[Layout, Layout]
+
+    @staticmethod
+    def prepare(
+        inputs: ScanInputs, plan: LayerPlan, layouts: tuple[Layout, Layout] | None = None
+    ) -> Call:
+        """Copy what the kernels could not read as it is."""
+        large = (inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z)
+        plans = (plan.delta_floor, plan.delta_scale, plan.decay_scale)
+        return Call(
+            (
+                *(_dense(t) for t in large),
+                *(None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias)),
+                _floats(inputs.A),
+                *(_floats(t) for t in plans),
+                _floats(inputs.initial_state),
+                inputs.valid,
+                _bounds(inputs.cu_seqlens, inputs.x.device),
+            ),
+            inputs.delta_softplus,
+            layouts or _layouts(inputs.x.device.index, inputs.A.shape[1]),
+        )
+
+    def without_tensors(self) -> Call:
+        """What autograd may keep beside the tensors that it saves itself."""
+        return replace(self, tensors=())
+
+    @property
+    def rows(self) -> int:
+        """How many sequences there are."""
+        return _rows_of(self.tensors[0], self.tensors[13])
+
+    @property
+    def chunks(self) -> int:
+        """How many states are saved, all rows together."""
+        x, bounds, chunk = self.tensors[0], self.tensors[13], self.layouts[0].chunk
+        if bounds is None:
+            return x.shape[0] * -(-x.shape[1] // chunk)
+        return x.shape[1] // chunk + self.rows
+
+    def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gives y, the final states, and the saved states (chunks, N, D)."""
+        x, A = self.tensors[0], self.tensors[7]
+        channels, states = A.shape
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        final = A.new_empty(self.rows, channels, states)
+        saved = A.new_empty(self.chunks, states, channels) if save else None
+        self._launch(False, save, {"y": y, "final": final, "saved": saved})
+        return y, final, saved
+
+    def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of x, Δ, A, B, C, skip, z, bias and the initial state."""
+        x, delta, B, C, z, skip, bias, A = self.tensors[:8]
+        channels, states = A.shape
+        blocks = -(-channels // self.layouts[1].channels)
+        dense = {"dx": x, "ddelta": delta, "dz": z}
+        out = {
+            name: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for name, t in dense.items()
+        }
+        out |= {name: A.new_empty(self.rows, channels, states) for name in ("dA", "dinitial")}
+        out |= {name: A.new_empty(self.rows, channels) for name in ("dskip", "dbias")}
+        out |= {name: A.new_empty(blocks, *B.shape) for name in ("dB", "dC")}
+        given = {"dy": dy.contiguous(), "dfinal": dfinal.contiguous(), "saved": saved}
+        self._launch(True, False, {**given, **out})
+        kinds = {"dA": A, "dB": B, "dC": C, "dskip": skip, "dbias": bias}
+        sums = {
+            name: out[name].sum(0).to(A.dtype if like is None else like.dtype)
+            for name, like in kinds.items()
+        }
+        return (
+            out["dx"], out["ddelta"], sums["dA"], sums["dB"], sums["dC"], sums["dskip"],
+            out["dz"], sums["dbias"], out["dinitial"],
+        )  # fmt: skip
+
+    def _launch(self, backward: bool, save: bool, more: Mapping[str, Tensor | None]) -> None:
+        x, channels = self.tensors[0], self.tensors[0].shape[2]
+        layout = self.layouts[backward]
+        with torch.cuda.device_of(x):
+            kernel = _kernel(
+                x.device.index, layout, self.tensors[7].shape[1], self._kinds(),
+                self._flags(backward, save, layout),
+            )  # fmt: skip
+            kernel.launch((-(-channels // layout.channels), self.rows, 1), self._parameters(more))
+
+    def _kinds(self) -> tuple[int, ...]:
+        return tuple(0 if t is None else _KINDS[t.dtype] for t in self.tensors[:7])
+
+    def _flags(self, backward: bool, save: bool, layout: Layout) -> tuple[tuple[str, int], ...]:
+        x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, bounds = self.tensors
+        large = (x, delta, z)
+        tokens = {"X": x, "DELTA": delta, "B": B, "C": C, "Z": z}
+        present = {
+            "HAS_SKIP": skip, "HAS_Z": z, "HAS_BIAS": bias, "FLOOR": floor, "SCALE": scale,
+            "DECAY": decay, "VALID": valid, "INITIAL": initial, "PACKED": bounds,
+        }  # fmt: skip
+        return (
+            *((name, int(t is not None)) for name, t in present.items()),
+            ("SOFTPLUS", self.softplus),
+            ("SAVE", save),
+            ("BACKWARD", backward),
+            ("EXACT", x.dtype == torch.float32),
+            ("CHANNELS", x.shape[2]),
+            *((f"{name}_TOKEN", 0 if t is None else t.stride(1)) for name, t in tokens.items()),
+            ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
+        )
+
+    def _parameters(self, more: Mapping[str, Tensor | None]) -> _Parameters:
+        x, delta, B, C, z, *_, valid, _ = self.tensors
+        strided = (x, delta, B, C, z, valid)
+        names = [name for name, kind in _Parameters._fields_ if kind is ctypes.c_void_p]
+        pointers = (*self.tensors, *(more.get(name) for name in names[14:]))
+        return _Parameters(
+            *(0 if t is None else t.data_ptr() for t in pointers),
+            *(0 if t is None else t.stride(0) for t in strided),
+            0 if valid is None else valid.stride(1),
+            x.shape[1],
+            x.shape[0] * x.shape[1],
+            *(0 if t is None or t.ndim == 1 else t.shape[1] for t in self.tensors[8:11]),
+        )
+
+
+@functools.cache
+def _fits(device: int, states: int) -> bool:
+    """Whether the GPU has bfloat16, and shared memory for so many states."""
+    chip = torch.cuda.get_device_properties(device)
+    needed = _layouts(device, states)[1].shared_bytes(states, backward=True)
+    return chip.major >= 8 and needed <= chip.shared_memory_per_block_optin
+
+
+@functools.cache
+def _layouts(device: int, states: int) -> tuple[Layout, Layout]:
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    backward = backward_layout(states, shared)
+    return replace(forward_layout(states, shared), chunk=backward.chunk), backward
+
+
+@functools.cache
+def _kernel(
+    device: int,
+    layout: Layout,
+    states: int,
+    kinds: tuple[int, ...],
+    flags: tuple[tuple[str, int], ...],
+) -> _nvrtc.Kernel:
+    """One variant, compiled and loaded on the current device."""
+    shared = layout.shared_bytes(states, bool(dict(flags)["BACKWARD"]))
+    macros = {
+        **{f"{name}_KIND": kind for name, kind in zip(_READ, kinds, strict=True)},
+        **dict(flags),
+        **{name.upper(): value for name, value in asdict(layout).items()},
+        "STATES": states,
+        "SHARED": shared,
+    }
+    return _nvrtc.build(
+        _SOURCE, "selective_scan_wide", macros, threads=32 * layout.warps, shared=shared
+    )
+
+
+def _rows_of(x: Tensor, ends: Tensor | None) -> int:
+    return x.shape[0] if ends is None else len(ends) - 1
+
+
+def _dense(tensor: Tensor | None) -> Any:
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _floats(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None else tensor.float().contiguous()
+
+
+def _bounds(ends: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if ends is None else ends.to(device, torch.int64).contiguous()
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether channels 2 i and 2 i + 1 of any token can be read at once."""
+    return not (
+        tensor.shape[2] % 2
+        or tensor.data_ptr() % (2 * tensor.element_size())
+        or tensor.stride(1) % 2
+        or (tensor.shape[0] > 1 and tensor.stride(0) % 2)
+    )
