@@ -21,18 +21,16 @@
 //   GROUP     8 or 16 lanes a channel
 //   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
 //   SLOTS     buffers
+//   TENSOR    1: sums over the states on tensor cores, for bfloat16
 //   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
 //   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
+//   ENDS      where the row's sequences end: 0 there is one, 1 as int, 2 as long long
 //   WIDE      1: rows of x, Δ, z and y can be read four numbers at a time
 //   WIDE_BC   1: rows of B and C can be read 16 bytes at a time
 //   EXACT     1: softplus and gate to float32's last places
 //   WARPS SHARED  as launched: warps of a block, bytes of its shared memory
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "numbers.cuh"
 
 __device__ constexpr int count_bits(u32 set) { return set ? (set & 1) + count_bits(set >> 1) : 0; }
 constexpr int PRODUCER_COUNT = count_bits(PRODUCERS);
@@ -64,14 +62,11 @@ constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
 static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
               "lanes do not fit");
 
-constexpr float LOG2E = 1.4426950216293335f;        // log2(e), rounded to float32
-constexpr float LOG2E_REST = 1.9259629911266175e-8f;  // what that rounding left
-constexpr float LN2 = 0.6931471805599453f;
-
 struct Parameters {
     const void *x, *delta, *B, *C, *z, *skip, *bias;
     const float *A, *floor, *scale, *decay, *initial;
     const u8* valid;
+    const void* ends;
     void* y;
     float* final;
     i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
@@ -80,101 +75,7 @@ struct Parameters {
     int channels, floor_row, scale_row, decay_row;
 };
 
-__device__ __forceinline__ float exp2_fast(float v) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-__device__ __forceinline__ float reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-// max that keeps NaN, so that a broken Δ shows.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float r;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-}
-
-// exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
-__device__ __forceinline__ float exp_of(float v) {
-    float product = v * LOG2E;
-    if (!EXACT) return exp2_fast(product);
-    float rest = fmaf(v, LOG2E_REST, fmaf(v, LOG2E, -product));
-    float power = exp2_fast(product);
-    return fmaf(power, rest * LN2, power);
-}
-
-__device__ __forceinline__ float softplus(float v) {
-    float n = -fabsf(v);
-    float u = exp_of(EXACT ? fmaxf(n, -100.0f) : n);
-    // log(1 + u) / u for u from 0 to 1: minimax polynomials, relative errors 5e-9 and 2.2e-7.
-    constexpr float exact[] = {1.0f,
-                               -0.4999990165233612f,
-                               0.3332996368408203f,
-                               -0.24954134225845337f,
-                               0.1967594027519226f,
-                               -0.15305593609809875f,
-                               0.10603655129671097f,
-                               -0.056959524750709534f,
-                               0.019851455464959145f,
-                               -0.0032440228387713432f};
-    constexpr float quick[] = {1.0f,
-                               -0.4999817907810211f,
-                               0.3328406512737274f,
-                               -0.24536865949630737f,
-                               0.17847207188606262f,
-                               -0.10902288556098938f,
-                               0.04498662054538727f,
-                               -0.00877894926816225f};
-    float p = EXACT ? exact[9] : quick[7];
-#pragma unroll
-    for (int i = EXACT ? 8 : 6; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 8]);
-    return fmaf(p, u, max_or_nan(v, 0.0f));
-}
-
-// As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
-__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
-    float delta = v;
-    if (SOFTPLUS && v <= 20.0f) delta = log1pf(expf(v));
-    if (SCALE) delta *= scale;
-    return delta < floor;
-}
-
-__device__ __forceinline__ float silu(float z) {
-    return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
-}
-
-template <int KIND>
-constexpr int BYTES = KIND == 0 ? 4 : 2;
-
-template <int KIND>
-__device__ __forceinline__ float widen(u32 bits) {
-    if (KIND == 0) return __uint_as_float(bits);
-    if (KIND == 1) return __uint_as_float(bits << 16);
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(static_cast<u16>(bits)));
-    return r;
-}
-
-template <int KIND>
-__device__ __forceinline__ u32 narrow(float low, float high) {
-    u32 r;
-    if (KIND == 1)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-template <int KIND>
-__device__ __forceinline__ float number_at(const void* base, i64 index) {
-    if (KIND == 0) return static_cast<const float*>(base)[index];
-    return widen<KIND>(static_cast<const u16*>(base)[index]);
-}
+__device__ __forceinline__ float silu(float z) { return z * sigmoid(z); }
 
 // COUNT numbers as they lie in memory.
 template <int KIND, int COUNT>
@@ -310,8 +211,30 @@ static_assert(PRODUCERS != FINISHERS || SLOTS >= 2 * PRODUCER_COUNT, "a buffer w
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
 
-__device__ __forceinline__ u32 tiles_of(const Parameters& p) {
-    return static_cast<u32>((p.length + TILE - 1) / TILE);
+// The tokens of a block: a row, or where ENDS says so, one sequence of the only row.
+struct Tokens {
+    i64 row, first, length;  // the row of states and plans; of its tokens, the first in the tensors
+    u32 tiles, whole;  // how many, and how many of them have all of their rows
+
+    // Of the tensors; the strides of their rows are 0 where there is one.
+    __device__ __forceinline__ i64 at(i64 row_stride, i64 token, i64 token_stride) const {
+        return row * row_stride + (first + token) * token_stride;
+    }
+    __device__ __forceinline__ int rows(u32 tile) const {
+        return tile < whole ? TILE : tile == whole ? static_cast<int>(length % TILE) : 0;
+    }
+};
+
+__device__ __forceinline__ i64 end_of(const Parameters& p, i64 sequence) {
+    if (ENDS == 1) return static_cast<const int*>(p.ends)[sequence];
+    return static_cast<const i64*>(p.ends)[sequence];
+}
+
+__device__ __forceinline__ Tokens tokens_of(const Parameters& p, i64 row) {
+    i64 first = ENDS ? end_of(p, row) : 0;
+    i64 length = ENDS ? end_of(p, row + 1) - first : p.length;
+    u32 whole = static_cast<u32>(length / TILE);
+    return {row, first, length, whole + (length % TILE != 0), whole};
 }
 
 // Where a lane's pieces of a tensor lie: one address for the warp, small offsets for the lane.
@@ -397,13 +320,9 @@ struct Projection {
 // The pieces of four channels that a lane has of a tile.
 struct Pieces {
     int lane, first_channel, count;  // the block's channels: where they begin, how many exist
-    i64 row;
-    u32 whole;  // tiles with all of their rows
-    int rest;   // rows of the tile behind them
+    Tokens tokens;
 
-    __device__ __forceinline__ int rows(u32 tile) const {
-        return tile < whole ? TILE : tile == whole ? rest : 0;
-    }
+    __device__ __forceinline__ bool whole(u32 tile) const { return tile < tokens.whole; }
 
     __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
     __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
@@ -420,9 +339,9 @@ struct Pieces {
     template <int KIND>
     __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base,
                                         i64 row_stride, i64 token_stride, i64 first,
-                                        int tokens) const {
-        stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
-                     tokens);
+                                        int stride) const {
+        stream.place(base, tokens.at(row_stride, first, token_stride) + first_channel, token_stride,
+                     stride);
 #pragma unroll
         for (int i = 0; i < QUADS; i++)
             stream.aim(i, token(i), token_stride, channel(i) < count ? channel(i) : 0);
@@ -445,7 +364,7 @@ struct Valid {
 
     __device__ __forceinline__ void place(const Parameters& p, const Pieces& at, i64 first,
                                           int tokens) {
-        if (VALID) from = p.valid + at.row * p.valid_row + first * p.valid_token;
+        if (VALID) from = p.valid + at.tokens.at(p.valid_row, first, p.valid_token);
         token_stride = VALID ? p.valid_token : 0;
         advance = token_stride * tokens;
     }
@@ -483,14 +402,14 @@ struct Producer {
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
         valid.place(p, at, first, STRIDE);
-        B.place(p.B, at.row * p.B_row + first * p.B_token, p.B_token, at.lane);
-        C.place(p.C, at.row * p.C_row + first * p.C_token, p.C_token, at.lane);
+        B.place(p.B, at.tokens.at(p.B_row, first, p.B_token), p.B_token, at.lane);
+        C.place(p.C, at.tokens.at(p.C_row, first, p.C_token), p.C_token, at.lane);
         at.constants(bias, 0.0f,
                      [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
         at.constants(scale, 1.0f,
-                     [&](int c) { return SCALE ? p.scale[at.row * p.scale_row + c] : 1.0f; });
+                     [&](int c) { return SCALE ? p.scale[at.tokens.row * p.scale_row + c] : 1.0f; });
         at.constants(floor, 0.0f,
-                     [&](int c) { return FLOOR ? p.floor[at.row * p.floor_row + c] : 0.0f; });
+                     [&](int c) { return FLOOR ? p.floor[at.tokens.row * p.floor_row + c] : 0.0f; });
     }
 
     // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
@@ -542,7 +461,7 @@ struct Producer {
         if (!FLOOR) return step;
         bool frozen = step < floor[i][k];
         if (fabsf(step - floor[i][k]) <= 1e-5f * fabsf(floor[i][k]))
-            frozen = below_floor(v, scale[i][k], floor[i][k]);
+            frozen = below_floor(v, scale[i][k], floor[i][k], SOFTPLUS, SCALE);
         return frozen ? 0.0f : step;
     }
 };
@@ -552,23 +471,23 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
     Producer of;
     of.at = at;
     of.place(p, static_cast<i64>(producer) * TILE);
-    u32 tiles = tiles_of(p);
-    of.load<false>(at.rows(producer));
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(producer));
     Ring at_slot(producer);
 #pragma unroll 1
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
         float* buffer = buffers + at_slot.slot * BUFFER;
         if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
-        if (tile < at.whole)
+        if (at.whole(tile))
             of.make<true>(buffer);
         else
             of.make<false>(buffer);
         barrier_arrive(full + at_slot.slot, at.lane);
         at_slot.advance(PRODUCER_COUNT);
-        if (tile + PRODUCER_COUNT < at.whole)
+        if (at.whole(tile + PRODUCER_COUNT))
             of.load<true>(TILE);
         else
-            of.load<false>(at.rows(tile + PRODUCER_COUNT));
+            of.load<false>(at.tokens.rows(tile + PRODUCER_COUNT));
     }
 }
 
@@ -585,7 +504,7 @@ struct Finisher {
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
         constexpr int tokens = FINISHER_COUNT * TILE;
-        at.aim(y_to, p.y, p.length * p.channels, p.channels, first, tokens);
+        at.aim(y_to, p.y, ENDS ? 0 : p.length * p.channels, p.channels, first, tokens);
         if (READS_X) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
         if (HAS_Z) at.aim(z_from, p.z, p.z_row, p.z_token, first, tokens);
         valid.place(p, at, first, tokens);
@@ -648,8 +567,8 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
     Finisher of;
     of.at = at;
     of.place(p, static_cast<i64>(finisher) * TILE);
-    u32 tiles = tiles_of(p);
-    of.load<false>(at.rows(finisher));
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(finisher));
     Ring at_slot(finisher);
 #pragma unroll 1
     for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
@@ -658,14 +577,14 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
         of.sum(y, buffers + at_slot.slot * BUFFER);
         barrier_arrive(free + at_slot.slot, at.lane);
         at_slot.advance(FINISHER_COUNT);
-        if (tile < at.whole)
+        if (at.whole(tile))
             of.store<true>(y, TILE);
         else
-            of.store<false>(y, at.rows(tile));
-        if (tile + FINISHER_COUNT < at.whole)
+            of.store<false>(y, at.tokens.rows(tile));
+        if (at.whole(tile + FINISHER_COUNT))
             of.load<true>(TILE);
         else
-            of.load<false>(at.rows(tile + FINISHER_COUNT));
+            of.load<false>(at.tokens.rows(tile + FINISHER_COUNT));
     }
 }
 
@@ -678,23 +597,23 @@ __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int
     of.at = to.at = at;
     of.place(p, static_cast<i64>(server) * TILE);
     to.place(p, static_cast<i64>(server) * TILE);
-    u32 tiles = tiles_of(p);
-    of.load<false>(at.rows(server));
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(server));
     Ring here(server), behind(server);
 #pragma unroll 1
     for (u32 tile = server; tile < tiles + PRODUCER_COUNT; tile += PRODUCER_COUNT) {
         u32 next = tile + PRODUCER_COUNT, last = tile - PRODUCER_COUNT;
         if (tile < tiles) {
             float* buffer = buffers + here.slot * BUFFER;
-            if (tile < at.whole)
+            if (at.whole(tile))
                 of.make<true>(buffer);
             else
                 of.make<false>(buffer);
             barrier_arrive(full + here.slot, at.lane);
-            if (next < at.whole)
+            if (at.whole(next))
                 of.load<true>(TILE);
             else
-                of.load<false>(at.rows(next));
+                of.load<false>(at.tokens.rows(next));
         }
         here.advance(PRODUCER_COUNT);
         if (tile >= PRODUCER_COUNT) {
@@ -702,15 +621,15 @@ __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int
             barrier_wait(done + behind.slot, behind.parity);
             to.sum(y, buffers + behind.slot * BUFFER);
             behind.advance(PRODUCER_COUNT);
-            if (last < at.whole)
+            if (at.whole(last))
                 to.store<true>(y, TILE);
             else
-                to.store<false>(y, at.rows(last));
+                to.store<false>(y, at.tokens.rows(last));
         }
-        if (tile < at.whole)
+        if (at.whole(tile))
             to.load<true>(TILE);
         else
-            to.load<false>(at.rows(tile));
+            to.load<false>(at.tokens.rows(tile));
     }
 }
 
@@ -873,14 +792,14 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ void consume(const Parameters& p, int warp, int lane, i64 row,
-                                        int first_channel, float* buffers, u64* full, u64* done) {
+__device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
+                                        const Tokens& tokens, int first_channel, float* buffers, u64* full, u64* done) {
     Consumer c;
     c.place(lane, warp);
     int d = first_channel + c.channel;
     bool here = d < p.channels;
-    i64 state = (row * p.channels + d) * STATES + c.mine * PER_LANE;
-    float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
+    i64 state = (tokens.row * p.channels + d) * STATES + c.mine * PER_LANE;
+    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
 #pragma unroll
     for (int s = 0; s < PER_LANE; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + c.mine * PER_LANE + s] : 0.0f;
@@ -888,7 +807,7 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
         c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
-    u32 tiles = tiles_of(p);
+    u32 tiles = tokens.tiles;
     Walk walk{c.channel * DELTA_PITCH, c.mine * 4, SUM_AT + c.channel};
     barrier_wait(full, 0);
     walk.begin(c, buffers);
@@ -1030,22 +949,22 @@ struct TensorConsumer {
 };
 
 __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int warp, int lane,
-                                                        i64 row, int first_channel,
+                                                        const Tokens& tokens, int first_channel,
                                                         float* buffers, u64* full, u64* done) {
     TensorConsumer c;
     c.place(lane, warp);
     int d = first_channel + warp * 4 + c.channel_of(lane);
     bool here = d < p.channels;
     int first_state = c.half_of(lane) * 8 + lane % 4 * 2;
-    i64 state = (row * p.channels + d) * STATES + first_state;
-    float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
+    i64 state = (tokens.row * p.channels + d) * STATES + first_state;
+    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
         c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
-    u32 tiles = tiles_of(p);
+    u32 tiles = tokens.tiles;
     barrier_wait(full, 0);
     c.begin(buffers);
     c.turns<0, 6>(buffers, buffers);
@@ -1080,6 +999,14 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
     }
 }
 
+// Of an empty sequence.
+__device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int first_channel) {
+    i64 first = (row * p.channels + first_channel) * STATES;
+    int count = min(CHANNELS, p.channels - first_channel) * STATES;
+    for (int i = threadIdx.x; i < count; i += WARPS * 32)
+        p.final[first + i] = INITIAL ? p.initial[first + i] : 0.0f;
+}
+
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && C_KIND == 1),
               "made for these");
 static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
@@ -1090,8 +1017,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     __shared__ u64 full[SLOTS], done[SLOTS], free[SLOTS];
     // From lane 0, so that the compiler knows it to be the same in the whole warp.
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    i64 row = blockIdx.y;
+    Tokens tokens = tokens_of(p, blockIdx.y);
     int first_channel = blockIdx.x * CHANNELS;
+    if (ENDS && tokens.tiles == 0) {
+        keep_states(p, tokens.row, first_channel);
+        return;
+    }
     if (threadIdx.x < SLOTS) {
         barrier_init(full + threadIdx.x, 1);
         barrier_init(done + threadIdx.x, CONSUMERS);
@@ -1100,13 +1031,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     __syncthreads();
     if (warp < CONSUMERS) {
         if constexpr (TENSOR)
-            consume_on_tensor_cores(p, warp, lane, row, first_channel, buffers, full, done);
+            consume_on_tensor_cores(p, warp, lane, tokens, first_channel, buffers, full, done);
         else
-            consume(p, warp, lane, row, first_channel, buffers, full, done);
+            consume(p, warp, lane, tokens, first_channel, buffers, full, done);
         return;
     }
-    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row,
-              static_cast<u32>(p.length / TILE), static_cast<int>(p.length % TILE)};
+    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), tokens};
     u32 me = 1u << warp;
     if constexpr (PRODUCERS == FINISHERS) {
         if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, done);

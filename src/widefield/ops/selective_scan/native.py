@@ -85,7 +85,7 @@ class _Parameters(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "x", "delta", "B", "C", "z", "skip", "bias",
-            "A", "floor", "scale", "decay", "initial", "valid", "y", "final",
+            "A", "floor", "scale", "decay", "initial", "valid", "ends", "y", "final",
         )),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
         *((f"{name}_token", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
@@ -97,7 +97,8 @@ class _Parameters(ctypes.Structure):
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
     x = inputs.x
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and x.shape[0] < 1 << 16):
+    rows = x.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and rows < 1 << 16):
         return False
     large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
     small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
@@ -137,19 +138,23 @@ class _Call:
         self.A, self.initial = _floats(inputs.A), _floats(inputs.initial_state)
         self.floor, self.scale = _floats(plan.delta_floor), _floats(plan.delta_scale)
         self.decay = _floats(plan.decay_scale)
-        self.valid = inputs.valid
+        self.valid, self.ends = inputs.valid, _contiguous(inputs.cu_seqlens)
         self.softplus = inputs.delta_softplus
 
     def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
         x = self.x
-        batch, _, channels = x.shape
+        rows, _, channels = x.shape
+        if self.ends is not None:
+            rows = len(self.ends) - 1
         states = self.A.shape[1]
         if layout is None:
-            layout = _layout(x.device.index, batch, channels, states)
+            layout = _layout(x.device.index, rows, channels, states)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        final = torch.empty(batch, channels, states, dtype=torch.float32, device=x.device)
-        kernel = _kernel(x.device.index, layout, states, self.kinds(), self.flags())
-        grid = (-(-channels // layout.channels), batch, 1)
+        final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
+        kernel = _kernel(
+            x.device.index, layout, states, self.kinds(), self.flags(), self.ends_kind()
+        )
+        grid = (-(-channels // layout.channels), rows, 1)
         kernel.launch(grid, self.parameters(y, final))
         return y, final
 
@@ -175,15 +180,18 @@ class _Call:
             self.x.dtype == torch.float32,
         )
 
+    def ends_kind(self) -> int:
+        return 0 if self.ends is None else self.ends.element_size() // 4
+
     def parameters(self, y: Tensor, final: Tensor) -> _Parameters:
         strided = (self.x, self.delta, self.B, self.C, self.z, self.valid)
         pointers = (
             *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
-            self.initial, self.valid, y, final,
+            self.initial, self.valid, self.ends, y, final,
         )  # fmt: skip
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
-            *(0 if t is None else t.stride(0) for t in strided),
+            *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
             *(0 if t is None else t.stride(1) for t in strided),
             self.x.shape[1],
             self.x.shape[2],
@@ -211,7 +219,12 @@ def _capable(device: int) -> bool:
 
 @functools.cache
 def _kernel(
-    device: int, layout: Layout, states: int, kinds: tuple[int, ...], flags: tuple[bool, ...]
+    device: int,
+    layout: Layout,
+    states: int,
+    kinds: tuple[int, ...],
+    flags: tuple[bool, ...],
+    ends: int,
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     shared = layout.shared_bytes(states)
@@ -224,6 +237,7 @@ def _kernel(
         **{f"{name}_KIND": kind for name, kind in zip(names, kinds, strict=True)},
         **dict(zip(switches, flags, strict=True)),
         **{name.upper(): value for name, value in asdict(layout).items()},
+        "ENDS": ends,
         "STATES": states,
         "WARPS": layout.warps,
         "SHARED": shared,
