@@ -46,7 +46,6 @@ struct Warp {
     Meeting meeting;
     unsigned values[32];
     float operands[32][6];
-    const float* rows[32];
 };
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> over;
@@ -133,40 +132,52 @@ static void multiply(float (&d)[4], float a0, float a1, float a2, float a3, floa
     }
     __syncwarp();
 }
-static void load_matrices(float (&to)[4], const float* row) {
-    Warp& warp = warps[current / 32];
-    int lane = current % 32;
-    warp.rows[lane] = row;
-    __syncwarp();
-    for (int m = 0; m < 4; m++) {
-        unsigned short numbers[2];
-        for (int i = 0; i < 2; i++)
-            std::memcpy(&numbers[i],
-                        reinterpret_cast<const char*>(warp.rows[8 * m + lane % 4 * 2 + i]) + lane / 4 * 2, 2);
-        to[m] = __uint_as_float(numbers[0] | unsigned(numbers[1]) << 16);
-    }
-    __syncwarp();
-}
-
 struct Barrier {
     unsigned short count, missing;
     unsigned phase;
 };
-static void barrier_init(unsigned long long* where, unsigned count) {
-    *reinterpret_cast<Barrier*>(where) = {(unsigned short)count, (unsigned short)count, 0};
+// Places in shared memory are offsets there.
+template <typename Place>
+static Barrier& barrier_at(Place where) {
+    return *reinterpret_cast<Barrier*>(emulated_shared + where.address / 4);
 }
-static void barrier_arrive(unsigned long long* where, int lane) {
-    Barrier& barrier = *reinterpret_cast<Barrier*>(where);
+template <typename Place>
+static void barrier_init(Place where, unsigned count) {
+    barrier_at(where) = {(unsigned short)count, (unsigned short)count, 0};
+}
+template <typename Place>
+static void barrier_arrive(Place where, int lane) {
+    Barrier& barrier = barrier_at(where);
     __syncwarp();
     if (lane == 0 && --barrier.missing == 0) barrier.missing = barrier.count, barrier.phase++;
     idle = 0;
 }
-static bool barrier_test(unsigned long long* where, unsigned parity) {
-    return (reinterpret_cast<Barrier*>(where)->phase & 1) != parity;
+template <typename Place>
+static bool barrier_test(Place where, unsigned parity) {
+    return (barrier_at(where).phase & 1) != parity;
 }
-static void barrier_wait(unsigned long long* where, unsigned parity) {
+template <typename Place>
+static void barrier_wait(Place where, unsigned parity) {
     while (!barrier_test(where, parity)) give_way();
     __syncwarp();
+}
+template <typename Place>
+static void read1(float& to, Place from) { to = emulated_shared[from.address / 4]; }
+template <typename Place>
+static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
+template <typename Place>
+static void read4(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 16); }
+template <typename Place>
+static void write1(Place to, float v) { emulated_shared[to.address / 4] = v; }
+template <typename Place>
+static void write2(Place to, float a, float b) {
+    float v[] = {a, b};
+    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
+}
+template <typename Place>
+static void write4(Place to, float a, float b, float c, float d) {
+    float v[] = {a, b, c, d};
+    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------

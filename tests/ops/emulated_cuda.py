@@ -16,7 +16,8 @@ from widefield.ops import _nvrtc
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "shared_address", "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply",
+    "read1", "read2", "read4", "write1", "write2", "write4",
+    "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply",
 )  # fmt: skip
 _EMULATED = """
 static unsigned pack_bfloat16(float low, float high) {
@@ -75,8 +76,8 @@ def _translated(source: str, name: str, threads: int, shared: int) -> str:
         source,
         flags=re.S,
     )
-    source = source.replace(
-        "extern __shared__ __align__(16) float buffers[];", "float* buffers = emulated_shared;"
+    source = re.sub(
+        r"    extern __shared__ .*?return place;", "    return {0};", source, flags=re.S, count=1
     )
     return f"""#include "{_HEADER.name}"
 {_EMULATED}

@@ -48,16 +48,19 @@ constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 constexpr int DELTA_PITCH = TILE + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
 constexpr int C_FOUR = 32;  // TENSOR: four tokens, in bfloat16
-constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
+constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH + (CHANNELS - 1) / 8 * 8;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
 constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
-constexpr int PART_SIZE = TILE * CHANNELS + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
+constexpr int SUM_PITCH = TENSOR && CHANNELS % 8 == 0 ? CHANNELS + 4 : CHANNELS;
+constexpr int PART_SIZE = TILE * SUM_PITCH + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
 constexpr int B_AT = 2 * DELTA_SIZE;
 constexpr int C_AT = B_AT + BC_SIZE;
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * C_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
 constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
+
+__device__ constexpr int delta_of(int channel) { return channel * DELTA_PITCH + channel / 8 * 8; }
 
 static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
               "lanes do not fit");
@@ -141,21 +144,57 @@ __device__ __forceinline__ void store_quad(void* to, const float (&v)[4], int co
     }
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
+// A place in shared memory, by its address there: pointers would be made from it again and again.
+struct Shared {
+    u32 address;
+
+    __device__ __forceinline__ Shared operator+(int floats) const {
+        return {address + 4 * static_cast<u32>(floats)};
+    }
+};
+
+__device__ __forceinline__ Shared shared_start() {
+    extern __shared__ __align__(16) float start[];
+    Shared place = {static_cast<u32>(__cvta_generic_to_shared(start))};
+    asm volatile("" : "+r"(place.address));
+    return place;
 }
 
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+__device__ __forceinline__ void read1(float& to, Shared from) {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to) : "r"(from.address));
+}
+__device__ __forceinline__ void read2(float* to, Shared from) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(to[0]), "=f"(to[1])
+                 : "r"(from.address));
+}
+__device__ __forceinline__ void read4(float* to, Shared from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(from.address));
+}
+__device__ __forceinline__ void write1(Shared to, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to.address), "f"(v));
+}
+__device__ __forceinline__ void write2(Shared to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to.address), "f"(a), "f"(b));
+}
+__device__ __forceinline__ void write4(Shared to, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(a), "f"(b),
+                 "f"(c), "f"(d));
+}
+
+__device__ __forceinline__ void barrier_init(Shared barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier.address), "r"(count)
                  : "memory");
 }
 
 // The whole warp arrives, as one.
-__device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
+__device__ __forceinline__ void barrier_arrive(Shared barrier, int lane) {
     __syncwarp();
     asm volatile(
         "{ .reg .pred first; .reg .b64 state; setp.eq.u32 first, %1, 0;"
-        " @first mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)),
+        " @first mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier.address),
         "r"(lane)
         : "memory");
 }
@@ -166,23 +205,23 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
 #define WAIT "test_wait"
 #endif
 
-__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
+__device__ __forceinline__ bool barrier_test(Shared barrier, u32 parity) {
     u32 ready;
     asm volatile(
         "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
         : "=r"(ready)
-        : "r"(shared_address(barrier)), "r"(parity));
+        : "r"(barrier.address), "r"(parity));
     return ready != 0;
 }
 
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+__device__ __forceinline__ void barrier_wait(Shared barrier, u32 parity) {
     u32 ready;
     do {
         asm volatile(
             "{ .reg .pred p; mbarrier." WAIT
             ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(ready)
-            : "r"(shared_address(barrier)), "r"(parity)
+            : "r"(barrier.address), "r"(parity)
             : "memory");
     } while (!__all_sync(~0u, ready != 0));
 }
@@ -203,6 +242,18 @@ struct Ring {
         slot += tiles;
         if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
     }
+};
+// The buffers, and behind them their barriers.
+struct Buffers {
+    Shared start;
+
+    __device__ __forceinline__ Shared at(u32 slot) const { return start + slot * BUFFER; }
+    __device__ __forceinline__ Shared barrier(int kind, u32 slot) const {
+        return start + (SLOTS * BUFFER + 2 * SLOTS * kind) + 2 * slot;
+    }
+    __device__ __forceinline__ Shared full(u32 slot) const { return barrier(0, slot); }
+    __device__ __forceinline__ Shared done(u32 slot) const { return barrier(1, slot); }
+    __device__ __forceinline__ Shared free(u32 slot) const { return barrier(2, slot); }
 };
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
@@ -285,33 +336,30 @@ struct Projection {
     }
 
     // TENSOR: as they are, `four` words from four tokens to the next.
-    __device__ __forceinline__ void copy(float* to, int four) const {
+    __device__ __forceinline__ void copy(Shared to, int four) const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            *reinterpret_cast<uint4*>(to + i * (TILE / PIECES / 4) * four) =
-                make_uint4(piece[i].word[0], piece[i].word[1 % Piece<KIND, COUNT>::WORDS],
-                           piece[i].word[2 % Piece<KIND, COUNT>::WORDS],
-                           piece[i].word[3 % Piece<KIND, COUNT>::WORDS]);
+            write4(to + i * (TILE / PIECES / 4) * four, __uint_as_float(piece[i].word[0]),
+                   __uint_as_float(piece[i].word[1]), __uint_as_float(piece[i].word[2]),
+                   __uint_as_float(piece[i].word[3]));
     }
 
-    __device__ __forceinline__ void spread(float* to, int lane) const {
+    __device__ __forceinline__ void spread(Shared to, int lane) const {
         constexpr int RUN = PER_LANE;  // states that lie side by side
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int t = token(i, lane);
-            float* row = to + t / STEPS * BC_PITCH + state(i, lane) / RUN * 4 + t % STEPS * RUN;
+            Shared row = to + (t / STEPS * BC_PITCH + state(i, lane) / RUN * 4 + t % STEPS * RUN);
 #pragma unroll
             for (int k = 0; k < COUNT; k += RUN) {
-                float* here = row + k / RUN * 4;
+                Shared here = row + k / RUN * 4;
                 if (RUN == 4)
-                    *reinterpret_cast<float4*>(here) =
-                        make_float4(piece[i].at(k), piece[i].at((k + 1) % COUNT),
-                                    piece[i].at((k + 2) % COUNT), piece[i].at((k + 3) % COUNT));
+                    write4(here, piece[i].at(k), piece[i].at((k + 1) % COUNT),
+                           piece[i].at((k + 2) % COUNT), piece[i].at((k + 3) % COUNT));
                 else if (RUN == 2)
-                    *reinterpret_cast<float2*>(here) =
-                        make_float2(piece[i].at(k), piece[i].at((k + 1) % COUNT));
+                    write2(here, piece[i].at(k), piece[i].at((k + 1) % COUNT));
                 else
-                    *here = piece[i].at(k);
+                    write1(here, piece[i].at(k));
             }
         }
     }
@@ -397,7 +445,7 @@ struct Producer {
         C_to = opaque(C_AT + t / 4 * C_FOUR + t % 4 * 8 + word);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            delta_to[i] = opaque(at.channel(i) * DELTA_PITCH + at.token(i));
+            delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i));
         }
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
@@ -430,7 +478,7 @@ struct Producer {
 
     // Leave the tile in shared memory, as consumers read it.
     template <bool WHOLE>
-    __device__ __forceinline__ void make(float* buffer) const {
+    __device__ __forceinline__ void make(Shared buffer) const {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
 #pragma unroll
@@ -439,13 +487,12 @@ struct Producer {
                 step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
                 float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
-                float* to = buffer + delta_to[i] + k * DELTA_PITCH;
-                to[0] = step;
-                to[WRITTEN_AT] = written;
+                write1(buffer + delta_to[i] + k * DELTA_PITCH, step);
+                write1(buffer + delta_to[i] + (k * DELTA_PITCH + WRITTEN_AT), written);
             }
             if (TENSOR && HAS_SKIP)
-                *reinterpret_cast<uint2*>(buffer + X_AT + 64 * i + 2 * at.lane) =
-                    make_uint2(x[i].word[0], x[i].word[1]);
+                write2(buffer + 2 * at.lane + (X_AT + 64 * i), __uint_as_float(x[i].word[0]),
+                       __uint_as_float(x[i].word[1]));
         }
         B.spread(buffer + B_AT, at.lane);
         if (TENSOR)
@@ -467,7 +514,7 @@ struct Producer {
 };
 
 __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
-                                        float* buffers, u64* full, u64* free) {
+                                        const Buffers& buffers) {
     Producer of;
     of.at = at;
     of.place(p, static_cast<i64>(producer) * TILE);
@@ -476,13 +523,13 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
     Ring at_slot(producer);
 #pragma unroll 1
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
-        float* buffer = buffers + at_slot.slot * BUFFER;
-        if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
+        Shared buffer = buffers.at(at_slot.slot);
+        if (tile >= SLOTS) barrier_wait(buffers.free(at_slot.slot), at_slot.parity ^ 1);
         if (at.whole(tile))
             of.make<true>(buffer);
         else
             of.make<false>(buffer);
-        barrier_arrive(full + at_slot.slot, at.lane);
+        barrier_arrive(buffers.full(at_slot.slot), at.lane);
         at_slot.advance(PRODUCER_COUNT);
         if (at.whole(tile + PRODUCER_COUNT))
             of.load<true>(TILE);
@@ -501,8 +548,12 @@ struct Finisher {
     Piece<X_KIND, 4> x[QUADS];
     Piece<Z_KIND, 4> z[QUADS];
     Valid valid;
+    int sum_from[QUADS];  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            sum_from[i] = opaque(at.token(i) * SUM_PITCH + at.channel(i));
         constexpr int tokens = FINISHER_COUNT * TILE;
         at.aim(y_to, p.y, ENDS ? 0 : p.length * p.channels, p.channels, first, tokens);
         if (READS_X) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
@@ -525,22 +576,20 @@ struct Finisher {
         if (HAS_Z) z_from.tile += z_from.advance;
     }
 
-    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) {
+    __device__ __forceinline__ void sum(float (&y)[QUADS][4], Shared buffer) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
             if (HAS_SKIP && TENSOR) {
-                const uint2& read =
-                    *reinterpret_cast<const uint2*>(buffer + X_AT + 64 * i + 2 * at.lane);
-                x[i].word[0] = read.x, x[i].word[1] = read.y;
+                float words[2];
+                read2(words, buffer + 2 * at.lane + (X_AT + 64 * i));
+                x[i].word[0] = __float_as_uint(words[0]), x[i].word[1] = __float_as_uint(words[1]);
             }
-            const float* sums = buffer + SUM_AT + (at.lane + 32 * i) * 4;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
-                float4 v = *reinterpret_cast<const float4*>(sums + part * PART_SIZE);
-                y[i][0] = part ? y[i][0] + v.x : v.x;
-                y[i][1] = part ? y[i][1] + v.y : v.y;
-                y[i][2] = part ? y[i][2] + v.z : v.z;
-                y[i][3] = part ? y[i][3] + v.w : v.w;
+                float v[4];
+                read4(v, buffer + sum_from[i] + (SUM_AT + part * PART_SIZE));
+#pragma unroll
+                for (int k = 0; k < 4; k++) y[i][k] = part ? y[i][k] + v[k] : v[k];
             }
         }
     }
@@ -563,7 +612,7 @@ struct Finisher {
 };
 
 __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, int finisher,
-                                       const float* buffers, u64* done, u64* free) {
+                                       const Buffers& buffers) {
     Finisher of;
     of.at = at;
     of.place(p, static_cast<i64>(finisher) * TILE);
@@ -573,9 +622,9 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
 #pragma unroll 1
     for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
         float y[QUADS][4];
-        barrier_wait(done + at_slot.slot, at_slot.parity);
-        of.sum(y, buffers + at_slot.slot * BUFFER);
-        barrier_arrive(free + at_slot.slot, at.lane);
+        barrier_wait(buffers.done(at_slot.slot), at_slot.parity);
+        of.sum(y, buffers.at(at_slot.slot));
+        barrier_arrive(buffers.free(at_slot.slot), at.lane);
         at_slot.advance(FINISHER_COUNT);
         if (at.whole(tile))
             of.store<true>(y, TILE);
@@ -591,7 +640,7 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
 // Producer and finisher in one: a warp finishes a tile behind the next one that it produces. So
 // `free` is not needed, since the warp that fills a buffer has emptied it.
 __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int server,
-                                      float* buffers, u64* full, u64* done) {
+                                      const Buffers& buffers) {
     Producer of;
     Finisher to;
     of.at = to.at = at;
@@ -604,12 +653,12 @@ __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int
     for (u32 tile = server; tile < tiles + PRODUCER_COUNT; tile += PRODUCER_COUNT) {
         u32 next = tile + PRODUCER_COUNT, last = tile - PRODUCER_COUNT;
         if (tile < tiles) {
-            float* buffer = buffers + here.slot * BUFFER;
+            Shared buffer = buffers.at(here.slot);
             if (at.whole(tile))
                 of.make<true>(buffer);
             else
                 of.make<false>(buffer);
-            barrier_arrive(full + here.slot, at.lane);
+            barrier_arrive(buffers.full(here.slot), at.lane);
             if (at.whole(next))
                 of.load<true>(TILE);
             else
@@ -618,8 +667,8 @@ __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int
         here.advance(PRODUCER_COUNT);
         if (tile >= PRODUCER_COUNT) {
             float y[QUADS][4];
-            barrier_wait(done + behind.slot, behind.parity);
-            to.sum(y, buffers + behind.slot * BUFFER);
+            barrier_wait(buffers.done(behind.slot), behind.parity);
+            to.sum(y, buffers.at(behind.slot));
             behind.advance(PRODUCER_COUNT);
             if (at.whole(last))
                 to.store<true>(y, TILE);
@@ -639,16 +688,11 @@ __device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int
 // before that is advanced, and the sums of three earlier ones move through the exchanges.
 constexpr int GROUPS = TILE / 4;
 
-__device__ __forceinline__ void read4(float* to, const float* from) {
-    float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-}
-
 // Four tokens of what a consumer lane reads, but for Δ.
 struct Group {
     float written[4], B[4 * PER_LANE], C[4 * PER_LANE];
 
-    __device__ __forceinline__ void read(const float* channel, const float* states, int g) {
+    __device__ __forceinline__ void read(Shared channel, Shared states, int g) {
         read4(written, channel + WRITTEN_AT + 4 * g);
 #pragma unroll
         for (int v = 0; v < PER_LANE; v++) {
@@ -721,7 +765,7 @@ struct Consumer {
     // the sums of the block of tokens that left the exchanges last go to `flushed`.
     template <bool ADVANCE>
     __device__ __forceinline__ void turn(int g, const Group& of, const float* delta,
-                                         float* flushed) {
+                                         Shared flushed) {
         if (STAGES == 3) {
             if (g % 2 == 1) flush_block(flushed, (g + 3) % GROUPS / 2);
             if (g % 2 == 0) third.begin(second[0].end(), second[1].end(), bit2, mask2);
@@ -742,19 +786,19 @@ struct Consumer {
     }
 
     // After three exchanges a lane has the whole sum of one of eight tokens, or half of it.
-    __device__ __forceinline__ void flush_block(float* to, int block) const {
+    __device__ __forceinline__ void flush_block(Shared to, int block) const {
         float whole = third.end();
         if (GROUP == 16) whole += __shfl_xor_sync(~0u, whole, 16);
-        if (mine < 8) to[(block * BLOCK + mine) * CHANNELS] = whole;
+        if (mine < 8) write1(to + (block * BLOCK + mine) * CHANNELS, whole);
     }
 
     // Before that, it has a part of some of four tokens.
-    __device__ __forceinline__ void flush_group(float* to, int group) const {
+    __device__ __forceinline__ void flush_group(Shared to, int group) const {
         int part = mine >> STAGES, low = mine & ((1 << STAGES) - 1);
-        to += part * PART_SIZE + (group * 4 + low) * CHANNELS;
+        to = to + (part * PART_SIZE + low * CHANNELS) + group * 4 * CHANNELS;
 #pragma unroll
         for (int i = 0; i < 4 >> STAGES; i++)
-            to[(i << STAGES) * CHANNELS] = STAGES ? first[i % 2].end() : sum[i];
+            write1(to + (i << STAGES) * CHANNELS, STAGES ? first[i % 2].end() : sum[i]);
     }
 };
 
@@ -767,7 +811,7 @@ struct Walk {
     Group of[2];
     float delta[2][4];
 
-    __device__ __forceinline__ void begin(Consumer& c, const float* buffer) {
+    __device__ __forceinline__ void begin(Consumer& c, Shared buffer) {
         of[0].read(buffer + channel_at, buffer + states_at, 0);
         read4(delta[0], buffer + channel_at);
         read4(delta[1], buffer + channel_at + 4);
@@ -777,11 +821,11 @@ struct Walk {
     // Groups FROM to TO of a tile in `buffer`. `other` is the tile behind it, where TO is 8, and
     // else the one before it, whose last sums are flushed.
     template <int FROM, int TO, bool ADVANCE>
-    __device__ __forceinline__ void turns(Consumer& c, float* buffer, float* other) {
+    __device__ __forceinline__ void turns(Consumer& c, Shared buffer, Shared other) {
 #pragma unroll
         for (int g = FROM; g < TO; g++) {
             if (ADVANCE) {
-                float* from = g < GROUPS - 1 ? buffer : other;
+                Shared from = g < GROUPS - 1 ? buffer : other;
                 of[(g + 1) % 2].read(from + channel_at, from + states_at, (g + 1) % GROUPS);
                 from = g < GROUPS - 2 ? buffer : other;
                 read4(delta[g % 2], from + channel_at + (g + 2) % GROUPS * 4);
@@ -793,7 +837,7 @@ struct Walk {
 };
 
 __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
-                                        const Tokens& tokens, int first_channel, float* buffers, u64* full, u64* done) {
+                                        const Tokens& tokens, int first_channel, const Buffers& buffers) {
     Consumer c;
     c.place(lane, warp);
     int d = first_channel + c.channel;
@@ -808,28 +852,26 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
     u32 tiles = tokens.tiles;
-    Walk walk{c.channel * DELTA_PITCH, c.mine * 4, SUM_AT + c.channel};
-    barrier_wait(full, 0);
-    walk.begin(c, buffers);
-    walk.turns<0, 6, true>(c, buffers, buffers);
-    float* buffer = buffers;
-    u64* handed = done;
+    Walk walk{delta_of(c.channel), c.mine * 4, SUM_AT + c.channel};
+    barrier_wait(buffers.full(0), 0);
+    Shared buffer = buffers.at(0), handed = buffers.done(0);
+    walk.begin(c, buffer);
+    walk.turns<0, 6, true>(c, buffer, buffer);
     Ring ahead(0);
     ahead.advance(1);
     u32 tile = 1;
     while (tile < tiles) {
-        barrier_wait(full + ahead.slot, ahead.parity);
+        barrier_wait(buffers.full(ahead.slot), ahead.parity);
         bool on;
         do {
             // What keeps the compiler from mixing the instructions before and behind it, a branch
             // or a barrier, all stands at the end of the loop.
-            float* next = buffers + ahead.slot * BUFFER;
-            u64* later = done + ahead.slot;
+            Shared next = buffers.at(ahead.slot), later = buffers.done(ahead.slot);
             ahead.advance(1);
             tile++;
             walk.turns<6, 8, true>(c, buffer, next);
             walk.turns<0, 2, true>(c, next, buffer);
-            bool ready = barrier_test(full + ahead.slot, ahead.parity);
+            bool ready = barrier_test(buffers.full(ahead.slot), ahead.parity);
             walk.turns<2, 6, true>(c, next, buffer);
             on = __all_sync(~0u, ready && tile < tiles);
             barrier_arrive(handed, lane);
@@ -853,8 +895,7 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 // g + 8. What a lane needs of four tokens is a Four; each is read two groups ahead, its decays and
 // writes are computed one group ahead.
 struct Four {
-    float4 delta, written, B[2];
-    u32 C;
+    float delta[4], written[4], B[8], C;
 };
 
 __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
@@ -878,41 +919,36 @@ struct TensorConsumer {
 
     __device__ __forceinline__ void place(int lane, int warp) {
         int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
-        delta_at = channel * DELTA_PITCH;
+        delta_at = delta_of(channel);
         B_from = B_AT + half * 16 + c * 4;
         for (int i = 0; i < 2; i++) {
             C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + (g / 2 % 2 ^ i) * 4 + c;
             for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
         }
         int token = 4 * (c % 2 ^ half) + c / 2 * 2;
-        sum_at = SUM_AT + half * PART_SIZE + token * CHANNELS + channel;
+        sum_at = SUM_AT + half * PART_SIZE + token * SUM_PITCH + channel;
         sum[0] = sum[1] = 0.0f;
     }
 
-    __device__ __forceinline__ void read(Four& to, const float* buffer, int g) const {
-        to.delta = *reinterpret_cast<const float4*>(buffer + delta_at + 4 * g);
-        to.written = *reinterpret_cast<const float4*>(buffer + delta_at + WRITTEN_AT + 4 * g);
-        for (int v = 0; v < 2; v++)
-            to.B[v] = *reinterpret_cast<const float4*>(buffer + B_from + (2 * g + v) * BC_PITCH);
-        to.C = __float_as_uint(buffer[C_from[g % 2] + C_FOUR * g]);
+    __device__ __forceinline__ void read(Four& to, Shared buffer, int g) const {
+        read4(to.delta, buffer + delta_at + 4 * g);
+        read4(to.written, buffer + delta_at + (WRITTEN_AT + 4 * g));
+        read4(to.B, buffer + B_from + 2 * g * BC_PITCH);
+        read4(to.B + 4, buffer + B_from + (2 * g + 1) * BC_PITCH);
+        read1(to.C, buffer + C_from[g % 2] + C_FOUR * g);
     }
 
     // What four tokens leave of the states, and what they add.
     __device__ __forceinline__ void prepare(int g, const Four& from) {
-        float delta[] = {from.delta.x, from.delta.y, from.delta.z, from.delta.w};
-        float written[] = {from.written.x, from.written.y, from.written.z, from.written.w};
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            float4 B = from.B[t / 2];
-            decay[g % 2][2 * t] = exp2_fast(delta[t] * A[0]);
-            decay[g % 2][2 * t + 1] = exp2_fast(delta[t] * A[1]);
-            write[g % 2][2 * t] = written[t] * (t % 2 ? B.z : B.x);
-            write[g % 2][2 * t + 1] = written[t] * (t % 2 ? B.w : B.y);
+        for (int i = 0; i < 8; i++) {
+            decay[g % 2][i] = exp2_fast(from.delta[i / 2] * A[i % 2]);
+            write[g % 2][i] = from.written[i / 2] * from.B[i];
         }
     }
 
-    __device__ __forceinline__ void advance(int g, u32 C, float* buffer) {
-        float low = widen<1>(C), high = widen<1>(C >> 16);
+    __device__ __forceinline__ void advance(int g, float C, Shared buffer) {
+        float low = widen<1>(__float_as_uint(C)), high = widen<1>(__float_as_uint(C) >> 16);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float *a = decay[g % 2] + 4 * j, *w = write[g % 2] + 4 * j;
@@ -924,12 +960,11 @@ struct TensorConsumer {
             sum[1] = takes[g % 2][j] ? y[3] : sum[1];
         }
         if (g % 2 == 0) return;
-        float* to = buffer + sum_at + g / 2 * BLOCK * CHANNELS;
-        to[0] = sum[0];
-        to[CHANNELS] = sum[1];
+        write1(buffer + sum_at + g / 2 * BLOCK * SUM_PITCH, sum[0]);
+        write1(buffer + sum_at + (g / 2 * BLOCK + 1) * SUM_PITCH, sum[1]);
     }
 
-    __device__ __forceinline__ void begin(const float* buffer) {
+    __device__ __forceinline__ void begin(Shared buffer) {
         read(of[0], buffer, 0);
         read(of[1], buffer, 1);
         prepare(0, of[0]);
@@ -937,10 +972,10 @@ struct TensorConsumer {
 
     // Groups FROM to TO of the tile in `buffer`; `next` is the tile behind it.
     template <int FROM, int TO>
-    __device__ __forceinline__ void turns(float* buffer, const float* next) {
+    __device__ __forceinline__ void turns(Shared buffer, Shared next) {
 #pragma unroll
         for (int g = FROM; g < TO; g++) {
-            u32 C = of[g % 2].C;
+            float C = of[g % 2].C;
             read(of[g % 2], g < GROUPS - 2 ? buffer : next, (g + 2) % GROUPS);
             prepare(g + 1, of[(g + 1) % 2]);
             advance(g, C, buffer);
@@ -950,7 +985,7 @@ struct TensorConsumer {
 
 __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int warp, int lane,
                                                         const Tokens& tokens, int first_channel,
-                                                        float* buffers, u64* full, u64* done) {
+                                                        const Buffers& buffers) {
     TensorConsumer c;
     c.place(lane, warp);
     int d = first_channel + warp * 4 + c.channel_of(lane);
@@ -965,25 +1000,23 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
     u32 tiles = tokens.tiles;
-    barrier_wait(full, 0);
-    c.begin(buffers);
-    c.turns<0, 6>(buffers, buffers);
-    float* buffer = buffers;
-    u64* handed = done;
+    barrier_wait(buffers.full(0), 0);
+    Shared buffer = buffers.at(0), handed = buffers.done(0);
+    c.begin(buffer);
+    c.turns<0, 6>(buffer, buffer);
     Ring ahead(0);
     ahead.advance(1);
     u32 tile = 1;
     while (tile < tiles) {
-        barrier_wait(full + ahead.slot, ahead.parity);
+        barrier_wait(buffers.full(ahead.slot), ahead.parity);
         bool on;
         do {
-            float* next = buffers + ahead.slot * BUFFER;
-            u64* later = done + ahead.slot;
+            Shared next = buffers.at(ahead.slot), later = buffers.done(ahead.slot);
             ahead.advance(1);
             tile++;
             c.turns<6, 8>(buffer, next);
             c.turns<0, 2>(next, next);
-            bool ready = barrier_test(full + ahead.slot, ahead.parity);
+            bool ready = barrier_test(buffers.full(ahead.slot), ahead.parity);
             c.turns<2, 6>(next, next);
             on = __all_sync(~0u, ready && tile < tiles);
             barrier_arrive(handed, lane);
@@ -1009,12 +1042,11 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
 
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && C_KIND == 1),
               "made for these");
-static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8), "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     selective_scan_forward(const __grid_constant__ Parameters p) {
-    extern __shared__ __align__(16) float buffers[];
-    __shared__ u64 full[SLOTS], done[SLOTS], free[SLOTS];
+    Buffers buffers{shared_start()};
     // From lane 0, so that the compiler knows it to be the same in the whole warp.
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     Tokens tokens = tokens_of(p, blockIdx.y);
@@ -1024,24 +1056,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         return;
     }
     if (threadIdx.x < SLOTS) {
-        barrier_init(full + threadIdx.x, 1);
-        barrier_init(done + threadIdx.x, CONSUMERS);
-        barrier_init(free + threadIdx.x, 1);
+        barrier_init(buffers.full(threadIdx.x), 1);
+        barrier_init(buffers.done(threadIdx.x), CONSUMERS);
+        barrier_init(buffers.free(threadIdx.x), 1);
     }
     __syncthreads();
     if (warp < CONSUMERS) {
         if constexpr (TENSOR)
-            consume_on_tensor_cores(p, warp, lane, tokens, first_channel, buffers, full, done);
+            consume_on_tensor_cores(p, warp, lane, tokens, first_channel, buffers);
         else
-            consume(p, warp, lane, tokens, first_channel, buffers, full, done);
+            consume(p, warp, lane, tokens, first_channel, buffers);
         return;
     }
     Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), tokens};
     u32 me = 1u << warp;
     if constexpr (PRODUCERS == FINISHERS) {
-        if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, done);
+        if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers);
         return;
     }
-    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
-    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);
+    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers);
+    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers);
 }

@@ -58,15 +58,16 @@ class Layout:
 
     def shared_bytes(self, states: int) -> int:
         """The size of the buffers, as the kernel computes it."""
-        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+        delta = self.channels * (_TILE + 4) + (self.channels - 1) // 8 * 8
         if self.tensor:
-            inputs = self.channels * (2 * _TILE + 8 + 16)
+            pitch = self.channels + (4 if self.channels % 8 == 0 else 0)
             projections = _TILE // 2 * 36 + _TILE * 8
-            return self.slots * 4 * (inputs + projections + 2 * part)
-        inputs = 2 * self.channels * (_TILE + 4)
-        projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
-        parts = 1 if self.stages == 3 else self.group >> self.stages
-        return self.slots * 4 * (inputs + projections + parts * part)
+            sums = 2 * (_TILE * pitch + 4) + 16 * self.channels
+        else:
+            projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
+            part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+            sums = part * (1 if self.stages == 3 else self.group >> self.stages)
+        return self.slots * (4 * (2 * delta + projections + sums) + 24)
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
