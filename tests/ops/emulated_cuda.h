@@ -167,6 +167,16 @@ template <typename Place>
 static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
 template <typename Place>
 static void read4(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 16); }
+// Of four matrices of 8 x 8 16-bit numbers, two of row lane / 4 of each.
+template <typename Place>
+static void load_matrices(float* to, Place row) {
+    Warp& warp = warps[current / 32];
+    warp.values[current % 32] = row.address;
+    __syncwarp();
+    for (int m = 0; m < 4; m++)
+        to[m] = emulated_shared[warp.values[8 * m + current % 32 / 4] / 4 + current % 4];
+    __syncwarp();
+}
 template <typename Place>
 static void write1(Place to, float v) { emulated_shared[to.address / 4] = v; }
 template <typename Place>

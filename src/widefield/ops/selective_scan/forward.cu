@@ -47,7 +47,7 @@ constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
 constexpr int DELTA_PITCH = TILE + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
-constexpr int C_FOUR = 32;  // TENSOR: four tokens, in bfloat16
+constexpr int BC_FOUR = 32;  // TENSOR: four tokens, in bfloat16
 constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH + (CHANNELS - 1) / 8 * 8;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
 constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
@@ -55,8 +55,8 @@ constexpr int SUM_PITCH = TENSOR && CHANNELS % 8 == 0 ? CHANNELS + 4 : CHANNELS;
 constexpr int PART_SIZE = TILE * SUM_PITCH + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
 constexpr int B_AT = 2 * DELTA_SIZE;
-constexpr int C_AT = B_AT + BC_SIZE;
-constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * C_FOUR : BC_SIZE);
+constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
+constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
 constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
 
@@ -335,11 +335,11 @@ struct Projection {
         from.tile += from.advance;
     }
 
-    // TENSOR: as they are, `four` words from four tokens to the next.
-    __device__ __forceinline__ void copy(Shared to, int four) const {
+    // TENSOR: as they are.
+    __device__ __forceinline__ void copy(Shared to) const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            write4(to + i * (TILE / PIECES / 4) * four, __uint_as_float(piece[i].word[0]),
+            write4(to + i * (TILE / PIECES / 4) * BC_FOUR, __uint_as_float(piece[i].word[0]),
                    __uint_as_float(piece[i].word[1]), __uint_as_float(piece[i].word[2]),
                    __uint_as_float(piece[i].word[3]));
     }
@@ -438,11 +438,12 @@ struct Producer {
     Valid valid;
     Projection<B_KIND> B;
     Projection<C_KIND> C;
-    int delta_to[QUADS], C_to;  // where in a buffer
+    int delta_to[QUADS], B_to, C_to;  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
         int t = C.token(0, at.lane), word = C.state(0, at.lane) / 2;
-        C_to = opaque(C_AT + t / 4 * C_FOUR + t % 4 * 8 + word);
+        B_to = opaque(B_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
+        C_to = opaque(C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
             delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i));
@@ -494,11 +495,13 @@ struct Producer {
                 write2(buffer + 2 * at.lane + (X_AT + 64 * i), __uint_as_float(x[i].word[0]),
                        __uint_as_float(x[i].word[1]));
         }
-        B.spread(buffer + B_AT, at.lane);
-        if (TENSOR)
-            C.copy(buffer + C_to, C_FOUR);
-        else
+        if (TENSOR) {
+            B.copy(buffer + B_to);
+            C.copy(buffer + C_to);
+        } else {
+            B.spread(buffer + B_AT, at.lane);
             C.spread(buffer + C_AT, at.lane);
+        }
     }
 
     __device__ __forceinline__ float step_of(int i, int k) const {
@@ -895,7 +898,7 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 // g + 8. What a lane needs of four tokens is a Four; each is read two groups ahead, its decays and
 // writes are computed one group ahead.
 struct Four {
-    float delta[4], written[4], B[8], C;
+    float delta[4], written[4], B[4], C;
 };
 
 __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
@@ -907,6 +910,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, floa
           "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
 }
 
+// Four matrices of 8 x 8 16-bit numbers, of which each lane points to a row: lane 4g + c gets the
+// numbers 2c and 2c + 1 of row g of each.
+__device__ __forceinline__ void load_matrices(float* to, Shared row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(row.address));
+}
+
 struct TensorConsumer {
     int delta_at, B_from, C_from[2], sum_at;
     bool takes[2][2];  // sums: of which pair of tokens, in even and in odd groups
@@ -914,13 +925,13 @@ struct TensorConsumer {
     float decay[2][8], write[2][8];
     Four of[2];
 
-    __device__ __forceinline__ static int half_of(int lane) { return ROWS ? lane / 16 : lane / 4 % 2; }
-    __device__ __forceinline__ static int channel_of(int lane) { return ROWS ? lane / 4 % 4 : lane / 8; }
+    __device__ __forceinline__ static int half_of(int lane) { return lane / 4 % 2; }
+    __device__ __forceinline__ static int channel_of(int lane) { return lane / 8; }
 
     __device__ __forceinline__ void place(int lane, int warp) {
         int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
         delta_at = delta_of(channel);
-        B_from = B_AT + half * 16 + c * 4;
+        B_from = B_AT + lane / 8 * 8 + half_of(lane % 8 * 4) * 4;
         for (int i = 0; i < 2; i++) {
             C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + (g / 2 % 2 ^ i) * 4 + c;
             for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
@@ -933,9 +944,8 @@ struct TensorConsumer {
     __device__ __forceinline__ void read(Four& to, Shared buffer, int g) const {
         read4(to.delta, buffer + delta_at + 4 * g);
         read4(to.written, buffer + delta_at + (WRITTEN_AT + 4 * g));
-        read4(to.B, buffer + B_from + 2 * g * BC_PITCH);
-        read4(to.B + 4, buffer + B_from + (2 * g + 1) * BC_PITCH);
-        read1(to.C, buffer + C_from[g % 2] + C_FOUR * g);
+        load_matrices(to.B, buffer + B_from + BC_FOUR * g);
+        read1(to.C, buffer + C_from[g % 2] + BC_FOUR * g);
     }
 
     // What four tokens leave of the states, and what they add.
@@ -943,7 +953,8 @@ struct TensorConsumer {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             decay[g % 2][i] = exp2_fast(from.delta[i / 2] * A[i % 2]);
-            write[g % 2][i] = from.written[i / 2] * from.B[i];
+            u32 B = __float_as_uint(from.B[i / 2]);
+            write[g % 2][i] = from.written[i / 2] * (i % 2 ? __uint_as_float(B & 0xffff0000u) : widen<1>(B));
         }
     }
 
@@ -1040,7 +1051,7 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
         p.final[first + i] = INITIAL ? p.initial[first + i] : 0.0f;
 }
 
-static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && C_KIND == 1),
+static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
               "made for these");
 static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8), "the launch has another size of shared memory");
 

@@ -61,7 +61,7 @@ class Layout:
         delta = self.channels * (_TILE + 4) + (self.channels - 1) // 8 * 8
         if self.tensor:
             pitch = self.channels + (4 if self.channels % 8 == 0 else 0)
-            projections = _TILE // 2 * 36 + _TILE * 8
+            projections = 2 * _TILE * 8
             sums = 2 * (_TILE * pitch + 4) + 16 * self.channels
         else:
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
