@@ -36,6 +36,7 @@ class Layout:
         finishers: which warps are finishers, as bits.
         slots: tiles that are in shared memory at once.
         stages: how often lanes exchange sums before finishers add up the rest; 0, 1 or 3.
+        tensor: the sums are made on tensor cores: for x, B and C in bfloat16, with 16 states.
     """
 
     group: int
@@ -72,12 +73,19 @@ class Layout:
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
 _LAYOUTS = {
-    1: Layout(group=8, consumers=1, producers=0x0C, finishers=0xE2),
-    2: Layout(group=8, consumers=2, producers=0x0C, finishers=0xF0),
+    1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22),
+    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
 }
 # The same four channels over more lanes: what counts there is how long a token takes.
-_SPREAD = Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0, stages=1)
+_SPREAD = Layout(group=16, consumers=2, producers=0xCC, finishers=0x330, stages=1)
+# For bfloat16 with 16 states.
+_TENSOR = {
+    1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22, slots=8, tensor=True),
+    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00, slots=8, tensor=True),
+    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, tensor=True),
+    4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
+}
 
 
 class _Parameters(ctypes.Structure):
@@ -149,7 +157,7 @@ class _Call:
             rows = len(self.ends) - 1
         states = self.A.shape[1]
         if layout is None:
-            layout = _layout(x.device.index, rows, channels, states)
+            layout = _layout(x.device.index, rows, channels, states, self.is_brief())
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
         kernel = _kernel(
@@ -158,6 +166,10 @@ class _Call:
         grid = (-(-channels // layout.channels), rows, 1)
         kernel.launch(grid, self.parameters(y, final))
         return y, final
+
+    def is_brief(self) -> bool:
+        """Whether sums rounded to bfloat16 are enough."""
+        return all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
 
     def kinds(self) -> tuple[int, ...]:
         read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
@@ -201,12 +213,14 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
+def _layout(device: int, rows: int, channels: int, states: int, brief: bool) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     chip = torch.cuda.get_device_properties(device)
-    quads = batch * -(-channels // 4)
-    quads = min(max(_LAYOUTS), -(-quads // chip.multi_processor_count))
-    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
+    table = _TENSOR if brief and states == 16 else _LAYOUTS
+    quads = rows * -(-channels // 4)
+    quads = min(max(table), -(-quads // chip.multi_processor_count))
+    spread = quads == 1 and table is _LAYOUTS and states >= _SPREAD.group
+    layout = _SPREAD if spread else table[quads]
     if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
         layout = replace(layout, slots=4)
     return layout
