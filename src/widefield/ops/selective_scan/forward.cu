@@ -7,10 +7,10 @@
 //   states in registers. They do little else: one of them has a scheduler nearly to itself, so
 //   that whatever it does besides makes every token longer.
 // - Producers take the tiles in turn. They read x, Δ, B and C, make softplus, scale and floor, and
-//   leave Δ, Δ·x, B and C as float32 in shared memory, in the order in which consumers read
-//   them.
+//   leave Δ, Δ·x, B and C in shared memory, in the order in which consumers read them.
 // - Finishers take the tiles in turn, too. They add up what is left of the sums over the states,
-//   add the skip, gate and store y.
+//   add the skip, gate and store y. Where PRODUCERS and FINISHERS are the same warps, each finishes
+//   the tiles that it has produced.
 //
 // Three mbarriers a buffer hand it round: `full` to the consumers, `done` to a finisher, `free`
 // back to a producer.
@@ -840,7 +840,8 @@ struct Walk {
 };
 
 __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
-                                        const Tokens& tokens, int first_channel, const Buffers& buffers) {
+                                        const Tokens& tokens, int first_channel,
+                                        const Buffers& buffers) {
     Consumer c;
     c.place(lane, warp);
     int d = first_channel + c.channel;
@@ -891,12 +892,16 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
     }
 }
 
-// The same on tensor cores: they write u = Δ·x into the states and sum C·h over them.
+// The same, but C·h is summed over the states on tensor cores, with no exchange between lanes.
 //
-// A lane keeps two states of one channel, in the layout of a product's result: lanes 4g to 4g + 3
-// have half g % 2 of the states of channel g / 2. Two tokens go into one product, as rows g and
-// g + 8. What a lane needs of four tokens is a Four; each is read two groups ahead, its decays and
-// writes are computed one group ahead.
+// A lane keeps two states of one channel: lanes 4g to 4g + 3 have half g % 2 of the states of
+// channel g / 2, as lanes have the numbers of a product's first factor. Two tokens go into one
+// product, as rows g and g + 8; its second factor is C of four tokens, in columns: of the two halves
+// of the states, each. So a quarter of the result is wanted, and lane c has it where its column is
+// 2c. Tensor cores cut the states to 11 bits there, which adds little to y's rounding to bfloat16;
+// the states themselves stay as they are.
+//
+// What a lane reads of four tokens; B and C as pairs of bfloat16, as they lie in memory.
 struct Four {
     float delta[4], written[4], B[4], C;
 };
@@ -916,6 +921,11 @@ __device__ __forceinline__ void load_matrices(float* to, Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
                  : "r"(row.address));
+}
+
+__device__ __forceinline__ float of_pair(float pair, int i) {
+    u32 bits = __float_as_uint(pair);
+    return i ? __uint_as_float(bits & 0xffff0000u) : widen<1>(bits);
 }
 
 struct TensorConsumer {
@@ -953,20 +963,18 @@ struct TensorConsumer {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             decay[g % 2][i] = exp2_fast(from.delta[i / 2] * A[i % 2]);
-            u32 B = __float_as_uint(from.B[i / 2]);
-            write[g % 2][i] = from.written[i / 2] * (i % 2 ? __uint_as_float(B & 0xffff0000u) : widen<1>(B));
+            write[g % 2][i] = from.written[i / 2] * of_pair(from.B[i / 2], i % 2);
         }
     }
 
     __device__ __forceinline__ void advance(int g, float C, Shared buffer) {
-        float low = widen<1>(__float_as_uint(C)), high = widen<1>(__float_as_uint(C) >> 16);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float *a = decay[g % 2] + 4 * j, *w = write[g % 2] + 4 * j;
             float first[] = {fmaf(a[0], h[0], w[0]), fmaf(a[1], h[1], w[1])}, y[4];
             h[0] = fmaf(a[2], first[0], w[2]);
             h[1] = fmaf(a[3], first[1], w[3]);
-            multiply(y, first[0], h[0], first[1], h[1], low, high);
+            multiply(y, first[0], h[0], first[1], h[1], of_pair(C, 0), of_pair(C, 1));
             sum[0] = takes[g % 2][j] ? y[0] : sum[0];
             sum[1] = takes[g % 2][j] ? y[3] : sum[1];
         }
@@ -981,7 +989,8 @@ struct TensorConsumer {
         prepare(0, of[0]);
     }
 
-    // Groups FROM to TO of the tile in `buffer`; `next` is the tile behind it.
+    // Groups FROM to TO of the tile in `buffer`; `next` is the tile behind it. A group is read two
+    // turns before it is advanced, its decays are computed one turn before.
     template <int FROM, int TO>
     __device__ __forceinline__ void turns(Shared buffer, Shared next) {
 #pragma unroll
@@ -1053,7 +1062,8 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
 
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
               "made for these");
-static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8), "the launch has another size of shared memory");
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8),
+              "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     selective_scan_forward(const __grid_constant__ Parameters p) {
