@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks._common import installed, quantiles
 from widefield.ops import _nvrtc
+from widefield.ops._delta import effective_delta
 from widefield.ops.selective_scan import cuda, native, reference
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -56,8 +57,17 @@ def inputs_of(tokens: int, channels: int, dtype: torch.dtype, seed: int) -> Scan
     )
 
 
+def floor_of(inputs: ScanInputs) -> LayerPlan:
+    """As LongMamba's: about half of the tokens leave a channel as it was."""
+    return LayerPlan(delta_floor=torch.full_like(inputs.A[:, 0], 0.05))
+
+
 def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return native.selective_scan(inputs, LayerPlan())
+
+
+def native_scan_with_floor(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    return native.selective_scan(inputs, floor_of(inputs))
 
 
 def triton_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -81,16 +91,23 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def kernels() -> dict[str, Scan]:
-    found: dict[str, Scan] = {"cuda c++": native_scan, "triton": triton_scan}
+    found: dict[str, Scan] = {
+        "cuda c++": native_scan,
+        "with a floor": native_scan_with_floor,
+        "triton": triton_scan,
+    }
     if importlib.util.find_spec("mamba_ssm") is not None:
         found["mamba-ssm"] = mamba_ssm_scan
     return found
 
 
-def double(inputs: ScanInputs) -> ScanInputs:
+def double(inputs: ScanInputs, plan: LayerPlan) -> ScanInputs:
+    """In float64, with Δ frozen where float32 freezes it."""
     fields = {name: getattr(inputs, name) for name in ("x", "delta", "A", "B", "C", "D", "z")}
     fields["delta_bias"] = inputs.delta_bias
-    return inputs.replace(**{name: value.double() for name, value in fields.items()})
+    exact = inputs.replace(**{name: value.double() for name, value in fields.items()})
+    delta = effective_delta(exact, None).masked_fill(effective_delta(inputs, plan) == 0, 0.0)
+    return exact.replace(delta=delta, delta_bias=None, delta_softplus=False)
 
 
 def error(value: Tensor, truth: Tensor) -> float:
@@ -104,8 +121,9 @@ def errors(scan: Scan, channels: int, dtype: torch.dtype, seed: int) -> dict[str
         SystemExit: if it is further off.
     """
     inputs = inputs_of(CHECKED, channels, dtype, seed)
-    truth = reference.selective_scan(double(inputs))
-    same = reference.selective_scan(inputs)
+    plan = floor_of(inputs) if scan is native_scan_with_floor else LayerPlan()
+    truth = reference.selective_scan(double(inputs, plan))
+    same = reference.selective_scan(inputs, plan)
     found = {}
     for name, value, near, exact in zip(("y", "state"), scan(inputs), same, truth, strict=True):
         off, allowed = error(value, exact), 2 * error(near, exact) + 3e-7
@@ -147,7 +165,7 @@ def rows(seed: int) -> list[dict[str, Any]]:
                     "p80_ms": round(p80, 4), "ns_a_token": round(p50 * 1e6 / tokens, 2), **off,
                 }  # fmt: skip
                 line = (
-                    f"{name:>10} D {channels:>5} {row['dtype']:>9} {tokens:>7} tokens {p50:9.4f} ms"
+                    f"{name:>12} D {channels:>5} {row['dtype']:>9} {tokens:>7} tokens {p50:9.4f} ms"
                 )
                 print(line, flush=True)
                 found.append(row)

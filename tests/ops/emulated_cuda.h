@@ -22,10 +22,12 @@
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float __uint_as_float(unsigned v) { float r; std::memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; std::memcpy(&r, &v, 4); return r; }
 static int __popc(unsigned v) { return __builtin_popcount(v); }
@@ -43,6 +45,7 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     unsigned values[32];
+    float operands[32][6];
 };
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> over;
@@ -111,25 +114,80 @@ static unsigned rounded(float v, bool bfloat) {
     return std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// A product of 16 x 8 and 8 x 8 numbers of TF32: floats whose last 13 bits do not count. A lane gives
+// four of the first and two of the second.
+static void multiply(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    Warp& warp = warps[current / 32];
+    int lane = current % 32, given = 0;
+    for (float v : {a0, a1, a2, a3, b0, b1})
+        warp.operands[lane][given++] = __uint_as_float(__float_as_uint(v) & 0xffffe000u);
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 8; k++)
+            sum += static_cast<double>(warp.operands[row * 4 + k % 4][i / 2 + k / 4 * 2]) *
+                   warp.operands[column * 4 + k % 4][4 + k / 4];
+        d[i] = sum;
+    }
+    __syncwarp();
+}
 struct Barrier {
     unsigned short count, missing;
     unsigned phase;
 };
-static void barrier_init(unsigned long long* where, unsigned count) {
-    *reinterpret_cast<Barrier*>(where) = {(unsigned short)count, (unsigned short)count, 0};
+// Places in shared memory are offsets there.
+template <typename Place>
+static Barrier& barrier_at(Place where) {
+    return *reinterpret_cast<Barrier*>(emulated_shared + where.address / 4);
 }
-static void barrier_arrive(unsigned long long* where, int lane) {
-    Barrier& barrier = *reinterpret_cast<Barrier*>(where);
+template <typename Place>
+static void barrier_init(Place where, unsigned count) {
+    barrier_at(where) = {(unsigned short)count, (unsigned short)count, 0};
+}
+template <typename Place>
+static void barrier_arrive(Place where, int lane) {
+    Barrier& barrier = barrier_at(where);
     __syncwarp();
     if (lane == 0 && --barrier.missing == 0) barrier.missing = barrier.count, barrier.phase++;
     idle = 0;
 }
-static bool barrier_test(unsigned long long* where, unsigned parity) {
-    return (reinterpret_cast<Barrier*>(where)->phase & 1) != parity;
+template <typename Place>
+static bool barrier_test(Place where, unsigned parity) {
+    return (barrier_at(where).phase & 1) != parity;
 }
-static void barrier_wait(unsigned long long* where, unsigned parity) {
+template <typename Place>
+static void barrier_wait(Place where, unsigned parity) {
     while (!barrier_test(where, parity)) give_way();
     __syncwarp();
+}
+template <typename Place>
+static void read1(float& to, Place from) { to = emulated_shared[from.address / 4]; }
+template <typename Place>
+static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
+template <typename Place>
+static void read4(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 16); }
+// Of four matrices of 8 x 8 16-bit numbers, two of row lane / 4 of each.
+template <typename Place>
+static void load_matrices(float* to, Place row) {
+    Warp& warp = warps[current / 32];
+    warp.values[current % 32] = row.address;
+    __syncwarp();
+    for (int m = 0; m < 4; m++)
+        to[m] = emulated_shared[warp.values[8 * m + current % 32 / 4] / 4 + current % 4];
+    __syncwarp();
+}
+template <typename Place>
+static void write1(Place to, float v) { emulated_shared[to.address / 4] = v; }
+template <typename Place>
+static void write2(Place to, float a, float b) {
+    float v[] = {a, b};
+    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
+}
+template <typename Place>
+static void write4(Place to, float a, float b, float c, float d) {
+    float v[] = {a, b, c, d};
+    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------

@@ -11,9 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from widefield.ops import _nvrtc
+
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
-_REPLACED = ("exp2_fast", "reciprocal", "max_or_nan", "shared_address", "barrier_init",
-             "barrier_arrive", "barrier_test", "barrier_wait")  # fmt: skip
+_REPLACED = (
+    "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
+    "read1", "read2", "read4", "write1", "write2", "write4",
+    "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply", "load_matrices",
+)  # fmt: skip
+_EMULATED = """
+static unsigned pack_bfloat16(float low, float high) {
+    return rounded(low, true) | rounded(high, true) << 16;
+}
+static unsigned pack_half(float low, float high) {
+    return rounded(low, false) | rounded(high, false) << 16;
+}
+"""
 
 
 def compiler() -> str | None:
@@ -36,7 +49,7 @@ def build(
     source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
-    code = _translated(source.read_text("utf-8"), name, threads, shared)
+    code = _translated(_nvrtc.source_of(source), name, threads, shared)
     flags = [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     key = hashlib.sha256("\0".join([code, *flags]).encode()).hexdigest()[:24]
     path = folder / f"{key}.so"
@@ -58,24 +71,16 @@ def _translated(source: str, name: str, threads: int, shared: int) -> str:
         )
         assert count == 1, function
     source = re.sub(
-        r'asm\("cvt\.f32\.f16.*?\)\)\);', "r = half_to_float(static_cast<u16>(bits));", source
-    )
-    source = re.sub(
-        r"if \(KIND == 1\)\s+asm\(.cvt\.rn\.bf16x2.*?else\s+asm\(.*?\"f\"\(low\)\);",
-        "r = rounded(low, KIND == 1) | rounded(high, KIND == 1) << 16;",
-        source,
-        flags=re.S,
-    )
-    source = re.sub(
         r"if \(WORDS == 4\)\s+asm volatile\(.*?else\s+asm volatile\(.*?\"l\"\(from\)\);",
         "std::memcpy(word, from, 4 * WORDS);",
         source,
         flags=re.S,
     )
-    source = source.replace(
-        "extern __shared__ __align__(16) float buffers[];", "float* buffers = emulated_shared;"
+    source = re.sub(
+        r"    extern __shared__ .*?return place;", "    return {0};", source, flags=re.S, count=1
     )
     return f"""#include "{_HEADER.name}"
+{_EMULATED}
 {source}
 static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
 extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{

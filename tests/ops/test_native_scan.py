@@ -19,12 +19,13 @@ from tests.ops.cases import DELTAS, in_float64, scan_inputs
 from widefield.ops import _nvrtc, use_backend
 from widefield.ops._delta import effective_delta
 from widefield.ops.selective_scan import native, reference
+from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
-LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD]
+LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values()]
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +48,9 @@ def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = No
     if ON_GPU:
         assert native.supports(inputs)
         return native.selective_scan(inputs, plan, layout)
-    return native._Call(inputs, plan).run(layout or LAYOUTS[2])
+    call = native._Call(inputs, plan)
+    table = native._TENSOR if call.is_brief() and inputs.A.shape[1] == 16 else native._LAYOUTS
+    return call.run(layout or table[3])
 
 
 def _moved(inputs: ScanInputs, device: str) -> ScanInputs:
@@ -96,7 +99,12 @@ def _check(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = N
     """At most twice as far from float64 as the reference in the same dtype, on the same device."""
     truth = reference.selective_scan(*in_float64(inputs, plan))
     same = reference.selective_scan(inputs, plan)
-    ours = _scan(inputs, plan, layout)
+    _compare(_scan(inputs, plan, layout), same, truth)
+
+
+def _compare(
+    ours: tuple[Tensor, Tensor], same: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]
+) -> None:
     for name, value, near, exact in zip(("y", "state"), ours, same, truth, strict=True):
         assert value.dtype == near.dtype and value.shape == near.shape
         assert _error(value, exact) <= 2 * _error(near, exact) + 3e-7, name
@@ -134,7 +142,8 @@ class TestAnywhere:
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_every_layout_is_as_exact_as_the_reference(self, layout: native.Layout) -> None:
-        inputs, plan = _everything(scan_inputs(2, 300, 28))
+        dtype = torch.bfloat16 if layout.tensor else torch.float32
+        inputs, plan = _everything(scan_inputs(2, 300, 28, dtype=dtype))
         _check(_moved(inputs, DEVICE), plan.to(DEVICE), layout)
 
     @pytest.mark.parametrize("states", [8, 32])
@@ -143,8 +152,44 @@ class TestAnywhere:
         _check(_moved(inputs, DEVICE), plan.to(DEVICE))
 
     @pytest.mark.parametrize("delta", DELTAS)
-    def test_no_step_is_too_small_or_too_large(self, delta: str) -> None:
-        _check(_moved(scan_inputs(1, 100, 24, delta=delta), DEVICE), LayerPlan())
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_no_step_is_too_small_or_too_large(self, delta: str, dtype: torch.dtype) -> None:
+        _check(_moved(scan_inputs(1, 100, 24, delta=delta, dtype=dtype), DEVICE), LayerPlan())
+
+    def test_states_that_cancel_each_other_are_summed_as_well(self) -> None:
+        inputs = scan_inputs(1, 200, 24, dtype=torch.bfloat16)
+        signs = torch.tensor([1.0, -1.0]).repeat_interleave(8).bfloat16()
+        rates = 0.1 + 0.001 * torch.arange(16)
+        inputs = inputs.replace(
+            A=-rates.expand(24, 16).contiguous(),
+            B=torch.ones_like(inputs.B),
+            C=signs.expand_as(inputs.C),
+            D=None,
+            initial_state=None,
+        )
+        _check(_moved(inputs, DEVICE), LayerPlan())
+
+    @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_sequences_side_by_side_are_scanned_each_for_itself(
+        self, kind: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        ends = torch.tensor([0, 0, 40, 75, 75, 107, 108], dtype=kind)
+        inputs = scan_inputs(1, 108, 14, dtype=dtype).replace(
+            cu_seqlens=ends, initial_state=torch.randn(6, 14, 16)
+        )
+        plan = LayerPlan(
+            delta_floor=torch.rand(14) * 0.1,
+            delta_scale=torch.rand(6, 14) + 0.5,
+            decay_scale=torch.rand(6, 14) + 0.5,
+        )
+        inputs, plan = _moved(inputs, DEVICE), plan.to(DEVICE)
+
+        def exact(one: ScanInputs, its_plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
+            return reference.selective_scan(*in_float64(one, its_plan))
+
+        truth = by_sequence(exact, inputs, plan)
+        _compare(_scan(inputs, plan), reference.selective_scan(inputs, plan), truth)
 
     @pytest.mark.parametrize("above", [-1e-6, 1e-6])
     def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
@@ -158,15 +203,17 @@ class TestAnywhere:
         assert bool((frozen == (above > 0)).all())
         _check(inputs, plan)
 
-    def test_nan_in_a_step_shows(self) -> None:
-        inputs = _moved(scan_inputs(1, 64, 32), DEVICE)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_nan_in_a_step_shows(self, dtype: torch.dtype) -> None:
+        inputs = _moved(scan_inputs(1, 64, 32, dtype=dtype), DEVICE)
         inputs.delta[0, 10, 5] = torch.nan
         y, state = _scan(inputs, LayerPlan())
         assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
         assert not y[0, :10].isnan().any() and not y[0, :, 6].isnan().any()
 
-    def test_padding_may_hold_anything(self) -> None:
-        inputs, plan = _everything(scan_inputs(1, 70, 32))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_padding_may_hold_anything(self, dtype: torch.dtype) -> None:
+        inputs, plan = _everything(scan_inputs(1, 70, 32, dtype=dtype))
         inputs = _moved(inputs, DEVICE)
         expected = _scan(inputs, plan.to(DEVICE))
         assert inputs.valid is not None
@@ -175,8 +222,9 @@ class TestAnywhere:
         found = _scan(inputs, plan.to(DEVICE))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    def test_going_on_from_a_state_is_the_same_to_the_bit(self) -> None:
-        inputs = _moved(scan_inputs(1, 96, 32), DEVICE)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_going_on_from_a_state_is_the_same_to_the_bit(self, dtype: torch.dtype) -> None:
+        inputs = _moved(scan_inputs(1, 96, 32, dtype=dtype), DEVICE)
         y, state = _scan(inputs, LayerPlan())
         parts = []
         before = inputs.initial_state
@@ -204,15 +252,43 @@ class TestOnGpu:
         inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
         _check(_moved(inputs, "cuda"), plan.to("cuda"))
 
-    @pytest.mark.parametrize("length", [70_001, 1_048_577])
-    def test_is_right_past_65536_tokens(self, length: int) -> None:
+    @pytest.mark.parametrize("layout", native._TENSOR.values(), ids=str)
+    @pytest.mark.parametrize("length", [1, 63, 1000])
+    def test_every_layout_for_bfloat16_takes_all_options(
+        self, length: int, layout: native.Layout
+    ) -> None:
+        for options in (_bare, _usual, _everything):
+            inputs, plan = options(scan_inputs(2, length, 37, dtype=torch.bfloat16))
+            _check(_moved(inputs, "cuda"), plan.to("cuda"), layout)
+
+    @pytest.mark.parametrize("length", [65_537, 1_048_577])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_right_past_65536_tokens(self, length: int, dtype: torch.dtype) -> None:
         from widefield.ops.selective_scan import cpu
 
-        inputs = scan_inputs(1, length, 8)
-        expected = cpu.selective_scan(inputs)
-        found = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
-        for value, truth in zip(found, expected, strict=True):
-            assert _error(value.cpu(), truth.double()) < 1e-5
+        inputs = scan_inputs(1, length, 24, dtype=dtype)
+        wide = {name: getattr(inputs, name).float() for name in ("x", "delta", "B", "C", "z")}
+        truth = cpu.selective_scan(inputs.replace(**wide))
+        y, state = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
+        rounding = _error(truth[0].to(dtype), truth[0].double())
+        assert _error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
+        assert _error(state.cpu(), truth[1].double()) < 1e-5
+
+    @pytest.mark.parametrize("layout", [native._TENSOR[3], native._TENSOR[4]], ids=str)
+    def test_is_right_past_two_to_the_31_elements(self, layout: native.Layout) -> None:
+        length, channels, last = 1_500_000, 1536, 2000
+        small = scan_inputs(1, 8, channels, dtype=torch.bfloat16)
+        x = torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16)
+        B = torch.randn(1, length, 16, device="cuda", dtype=torch.bfloat16)
+        inputs = _moved(small, "cuda").replace(
+            x=x, z=x, delta=x - 1, B=B, C=B.flip(1), initial_state=None
+        )
+        y, state = native.selective_scan(inputs, LayerPlan(), layout)
+        ends = {name: getattr(inputs, name)[:, -last:] for name in ("x", "z", "delta", "B", "C")}
+        expected = reference.selective_scan(inputs.replace(**ends))
+        assert _error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3
+        assert _error(state, expected[1].double()) < 1e-5
+        assert not y.isnan().any()
 
     def test_few_rows_without_gradients_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from widefield.ops.selective_scan import cuda
@@ -277,25 +353,29 @@ def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "states", "shared", "expected"),
+    ("batch", "channels", "states", "brief", "shared", "expected"),
     [
-        (1, 1536, 16, 232_448, LAYOUTS[2]),
-        (4, 5120, 16, 232_448, LAYOUTS[2]),
-        (1, 1024, 16, 232_448, LAYOUTS[1]),
-        (1, 512, 16, 232_448, LAYOUTS[3]),
-        (1, 512, 8, 232_448, LAYOUTS[0]),
-        (1, 1536, 32, 101_376, dataclasses.replace(LAYOUTS[2], slots=4)),
+        (1, 1536, 16, False, 232_448, native._LAYOUTS[3]),
+        (4, 5120, 16, False, 232_448, native._LAYOUTS[3]),
+        (1, 1024, 16, False, 232_448, native._LAYOUTS[2]),
+        (1, 512, 16, False, 232_448, native._SPREAD),
+        (1, 512, 8, True, 232_448, native._LAYOUTS[1]),
+        (1, 1536, 32, True, 101_376, dataclasses.replace(native._LAYOUTS[3], slots=4)),
+        (1, 1536, 16, True, 232_448, native._TENSOR[3]),
+        (2, 2048, 16, True, 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
+        (1, 512, 16, True, 232_448, native._TENSOR[1]),
     ],
 )
 def test_every_multiprocessor_gets_a_block(
     batch: int,
     channels: int,
     states: int,
+    brief: bool,
     shared: int,
     expected: native.Layout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chip = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
-    layout = native._layout.__wrapped__(0, batch, channels, states)
+    layout = native._layout.__wrapped__(0, batch, channels, states, brief)
     assert layout == expected and layout.shared_bytes(states) <= shared

@@ -7,10 +7,10 @@
 //   states in registers. They do little else: one of them has a scheduler nearly to itself, so
 //   that whatever it does besides makes every token longer.
 // - Producers take the tiles in turn. They read x, Δ, B and C, make softplus, scale and floor, and
-//   leave Δ, Δ·x, B and C as float32 in shared memory, in the order in which consumers read
-//   them.
+//   leave Δ, Δ·x, B and C in shared memory, in the order in which consumers read them.
 // - Finishers take the tiles in turn, too. They add up what is left of the sums over the states,
-//   add the skip, gate and store y.
+//   add the skip, gate and store y. Where PRODUCERS and FINISHERS are the same warps, each finishes
+//   the tiles that it has produced.
 //
 // Three mbarriers a buffer hand it round: `full` to the consumers, `done` to a finisher, `free`
 // back to a producer.
@@ -21,18 +21,16 @@
 //   GROUP     8 or 16 lanes a channel
 //   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
 //   SLOTS     buffers
+//   TENSOR    1: sums over the states on tensor cores, for bfloat16
 //   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
 //   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
+//   ENDS      where the row's sequences end: 0 there is one, 1 as int, 2 as long long
 //   WIDE      1: rows of x, Δ, z and y can be read four numbers at a time
 //   WIDE_BC   1: rows of B and C can be read 16 bytes at a time
 //   EXACT     1: softplus and gate to float32's last places
 //   WARPS SHARED  as launched: warps of a block, bytes of its shared memory
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "numbers.cuh"
 
 __device__ constexpr int count_bits(u32 set) { return set ? (set & 1) + count_bits(set >> 1) : 0; }
 constexpr int PRODUCER_COUNT = count_bits(PRODUCERS);
@@ -49,27 +47,29 @@ constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
 constexpr int DELTA_PITCH = TILE + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
-constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH;
+constexpr int BC_FOUR = 32;  // TENSOR: four tokens, in bfloat16
+constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH + (CHANNELS - 1) / 8 * 8;
 constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
-constexpr int PARTS = STAGES == 3 ? 1 : GROUP >> STAGES;  // partial sums that finishers add up
-constexpr int PART_SIZE = TILE * CHANNELS + (STAGES == 3 ? 0 : STAGES == 0 ? 4 : 8);
+constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
+constexpr int SUM_PITCH = TENSOR && CHANNELS % 8 == 0 ? CHANNELS + 4 : CHANNELS;
+constexpr int PART_SIZE = TILE * SUM_PITCH + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
 constexpr int WRITTEN_AT = DELTA_SIZE;
 constexpr int B_AT = 2 * DELTA_SIZE;
-constexpr int C_AT = B_AT + BC_SIZE;
-constexpr int SUM_AT = C_AT + BC_SIZE;
-constexpr int BUFFER = SUM_AT + PARTS * PART_SIZE;
+constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
+constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
+constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
+constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
+
+__device__ constexpr int delta_of(int channel) { return channel * DELTA_PITCH + channel / 8 * 8; }
 
 static_assert(CHANNELS % 4 == 0 && 4 % PER_LANE == 0 && (GROUP == 8 || GROUP == 16),
               "lanes do not fit");
-
-constexpr float LOG2E = 1.4426950216293335f;        // log2(e), rounded to float32
-constexpr float LOG2E_REST = 1.9259629911266175e-8f;  // what that rounding left
-constexpr float LN2 = 0.6931471805599453f;
 
 struct Parameters {
     const void *x, *delta, *B, *C, *z, *skip, *bias;
     const float *A, *floor, *scale, *decay, *initial;
     const u8* valid;
+    const void* ends;
     void* y;
     float* final;
     i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
@@ -78,101 +78,7 @@ struct Parameters {
     int channels, floor_row, scale_row, decay_row;
 };
 
-__device__ __forceinline__ float exp2_fast(float v) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-__device__ __forceinline__ float reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-// max that keeps NaN, so that a broken Δ shows.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float r;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-}
-
-// exp of a number between -100 and 87; the rounding of the product with log2(e) is made good.
-__device__ __forceinline__ float exp_of(float v) {
-    float product = v * LOG2E;
-    if (!EXACT) return exp2_fast(product);
-    float rest = fmaf(v, LOG2E_REST, fmaf(v, LOG2E, -product));
-    float power = exp2_fast(product);
-    return fmaf(power, rest * LN2, power);
-}
-
-__device__ __forceinline__ float softplus(float v) {
-    float n = -fabsf(v);
-    float u = exp_of(EXACT ? fmaxf(n, -100.0f) : n);
-    // log(1 + u) / u for u from 0 to 1: minimax polynomials, relative errors 5e-9 and 2.2e-7.
-    constexpr float exact[] = {1.0f,
-                               -0.4999990165233612f,
-                               0.3332996368408203f,
-                               -0.24954134225845337f,
-                               0.1967594027519226f,
-                               -0.15305593609809875f,
-                               0.10603655129671097f,
-                               -0.056959524750709534f,
-                               0.019851455464959145f,
-                               -0.0032440228387713432f};
-    constexpr float quick[] = {1.0f,
-                               -0.4999817907810211f,
-                               0.3328406512737274f,
-                               -0.24536865949630737f,
-                               0.17847207188606262f,
-                               -0.10902288556098938f,
-                               0.04498662054538727f,
-                               -0.00877894926816225f};
-    float p = EXACT ? exact[9] : quick[7];
-#pragma unroll
-    for (int i = EXACT ? 8 : 6; i >= 0; i--) p = fmaf(p, u, EXACT ? exact[i] : quick[i % 8]);
-    return fmaf(p, u, max_or_nan(v, 0.0f));
-}
-
-// As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
-__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
-    float delta = v;
-    if (SOFTPLUS && v <= 20.0f) delta = log1pf(expf(v));
-    if (SCALE) delta *= scale;
-    return delta < floor;
-}
-
-__device__ __forceinline__ float silu(float z) {
-    return z * reciprocal(1.0f + exp_of(EXACT ? fminf(-z, 87.0f) : -z));
-}
-
-template <int KIND>
-constexpr int BYTES = KIND == 0 ? 4 : 2;
-
-template <int KIND>
-__device__ __forceinline__ float widen(u32 bits) {
-    if (KIND == 0) return __uint_as_float(bits);
-    if (KIND == 1) return __uint_as_float(bits << 16);
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(static_cast<u16>(bits)));
-    return r;
-}
-
-template <int KIND>
-__device__ __forceinline__ u32 narrow(float low, float high) {
-    u32 r;
-    if (KIND == 1)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-template <int KIND>
-__device__ __forceinline__ float number_at(const void* base, i64 index) {
-    if (KIND == 0) return static_cast<const float*>(base)[index];
-    return widen<KIND>(static_cast<const u16*>(base)[index]);
-}
+__device__ __forceinline__ float silu(float z) { return z * sigmoid(z); }
 
 // COUNT numbers as they lie in memory.
 template <int KIND, int COUNT>
@@ -238,21 +144,57 @@ __device__ __forceinline__ void store_quad(void* to, const float (&v)[4], int co
     }
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
+// A place in shared memory, by its address there: pointers would be made from it again and again.
+struct Shared {
+    u32 address;
+
+    __device__ __forceinline__ Shared operator+(int floats) const {
+        return {address + 4 * static_cast<u32>(floats)};
+    }
+};
+
+__device__ __forceinline__ Shared shared_start() {
+    extern __shared__ __align__(16) float start[];
+    Shared place = {static_cast<u32>(__cvta_generic_to_shared(start))};
+    asm volatile("" : "+r"(place.address));
+    return place;
 }
 
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+__device__ __forceinline__ void read1(float& to, Shared from) {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to) : "r"(from.address));
+}
+__device__ __forceinline__ void read2(float* to, Shared from) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(to[0]), "=f"(to[1])
+                 : "r"(from.address));
+}
+__device__ __forceinline__ void read4(float* to, Shared from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(from.address));
+}
+__device__ __forceinline__ void write1(Shared to, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to.address), "f"(v));
+}
+__device__ __forceinline__ void write2(Shared to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to.address), "f"(a), "f"(b));
+}
+__device__ __forceinline__ void write4(Shared to, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(a), "f"(b),
+                 "f"(c), "f"(d));
+}
+
+__device__ __forceinline__ void barrier_init(Shared barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier.address), "r"(count)
                  : "memory");
 }
 
 // The whole warp arrives, as one.
-__device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
+__device__ __forceinline__ void barrier_arrive(Shared barrier, int lane) {
     __syncwarp();
     asm volatile(
         "{ .reg .pred first; .reg .b64 state; setp.eq.u32 first, %1, 0;"
-        " @first mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)),
+        " @first mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier.address),
         "r"(lane)
         : "memory");
 }
@@ -263,25 +205,31 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
 #define WAIT "test_wait"
 #endif
 
-__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
+__device__ __forceinline__ bool barrier_test(Shared barrier, u32 parity) {
     u32 ready;
     asm volatile(
         "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
         : "=r"(ready)
-        : "r"(shared_address(barrier)), "r"(parity));
+        : "r"(barrier.address), "r"(parity));
     return ready != 0;
 }
 
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+__device__ __forceinline__ void barrier_wait(Shared barrier, u32 parity) {
     u32 ready;
     do {
         asm volatile(
             "{ .reg .pred p; mbarrier." WAIT
             ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(ready)
-            : "r"(shared_address(barrier)), "r"(parity)
+            : "r"(barrier.address), "r"(parity)
             : "memory");
     } while (!__all_sync(~0u, ready != 0));
+}
+
+// A number that is kept in its register, not computed again.
+__device__ __forceinline__ int opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
 }
 
 // Where a warp stands in the ring of buffers. A wait can only tell a phase of a barrier from the
@@ -295,14 +243,49 @@ struct Ring {
         if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
     }
 };
+// The buffers, and behind them their barriers.
+struct Buffers {
+    Shared start;
+
+    __device__ __forceinline__ Shared at(u32 slot) const { return start + slot * BUFFER; }
+    __device__ __forceinline__ Shared barrier(int kind, u32 slot) const {
+        return start + (SLOTS * BUFFER + 2 * SLOTS * kind) + 2 * slot;
+    }
+    __device__ __forceinline__ Shared full(u32 slot) const { return barrier(0, slot); }
+    __device__ __forceinline__ Shared done(u32 slot) const { return barrier(1, slot); }
+    __device__ __forceinline__ Shared free(u32 slot) const { return barrier(2, slot); }
+};
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
 static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
+static_assert(PRODUCERS != FINISHERS || SLOTS >= 2 * PRODUCER_COUNT, "a buffer would not be empty");
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
 
-__device__ __forceinline__ u32 tiles_of(const Parameters& p) {
-    return static_cast<u32>((p.length + TILE - 1) / TILE);
+// The tokens of a block: a row, or where ENDS says so, one sequence of the only row.
+struct Tokens {
+    i64 row, first, length;  // the row of states and plans; of its tokens, the first in the tensors
+    u32 tiles, whole;  // how many, and how many of them have all of their rows
+
+    // Of the tensors; the strides of their rows are 0 where there is one.
+    __device__ __forceinline__ i64 at(i64 row_stride, i64 token, i64 token_stride) const {
+        return row * row_stride + (first + token) * token_stride;
+    }
+    __device__ __forceinline__ int rows(u32 tile) const {
+        return tile < whole ? TILE : tile == whole ? static_cast<int>(length % TILE) : 0;
+    }
+};
+
+__device__ __forceinline__ i64 end_of(const Parameters& p, i64 sequence) {
+    if (ENDS == 1) return static_cast<const int*>(p.ends)[sequence];
+    return static_cast<const i64*>(p.ends)[sequence];
+}
+
+__device__ __forceinline__ Tokens tokens_of(const Parameters& p, i64 row) {
+    i64 first = ENDS ? end_of(p, row) : 0;
+    i64 length = ENDS ? end_of(p, row + 1) - first : p.length;
+    u32 whole = static_cast<u32>(length / TILE);
+    return {row, first, length, whole + (length % TILE != 0), whole};
 }
 
 // Where a lane's pieces of a tensor lie: one address for the warp, small offsets for the lane.
@@ -343,31 +326,40 @@ struct Projection {
         for (int i = 0; i < PIECES; i++) from.aim(i, token(i, lane), stride, state(i, lane));
     }
 
+    template <bool WHOLE>
     __device__ __forceinline__ void load(int rows, int lane) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            piece[i].load(from.tile + from.offset[i], token(i, lane) < rows ? COUNT : 0, WIDE_BC);
+            piece[i].load(from.tile + from.offset[i], WHOLE || token(i, lane) < rows ? COUNT : 0,
+                          WIDE_BC);
         from.tile += from.advance;
     }
 
-    __device__ __forceinline__ void spread(float* to, int lane) const {
+    // TENSOR: as they are.
+    __device__ __forceinline__ void copy(Shared to) const {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            write4(to + i * (TILE / PIECES / 4) * BC_FOUR, __uint_as_float(piece[i].word[0]),
+                   __uint_as_float(piece[i].word[1]), __uint_as_float(piece[i].word[2]),
+                   __uint_as_float(piece[i].word[3]));
+    }
+
+    __device__ __forceinline__ void spread(Shared to, int lane) const {
         constexpr int RUN = PER_LANE;  // states that lie side by side
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int t = token(i, lane);
-            float* row = to + t / STEPS * BC_PITCH + state(i, lane) / RUN * 4 + t % STEPS * RUN;
+            Shared row = to + (t / STEPS * BC_PITCH + state(i, lane) / RUN * 4 + t % STEPS * RUN);
 #pragma unroll
             for (int k = 0; k < COUNT; k += RUN) {
-                float* here = row + k / RUN * 4;
+                Shared here = row + k / RUN * 4;
                 if (RUN == 4)
-                    *reinterpret_cast<float4*>(here) =
-                        make_float4(piece[i].at(k), piece[i].at((k + 1) % COUNT),
-                                    piece[i].at((k + 2) % COUNT), piece[i].at((k + 3) % COUNT));
+                    write4(here, piece[i].at(k), piece[i].at((k + 1) % COUNT),
+                           piece[i].at((k + 2) % COUNT), piece[i].at((k + 3) % COUNT));
                 else if (RUN == 2)
-                    *reinterpret_cast<float2*>(here) =
-                        make_float2(piece[i].at(k), piece[i].at((k + 1) % COUNT));
+                    write2(here, piece[i].at(k), piece[i].at((k + 1) % COUNT));
                 else
-                    *here = piece[i].at(k);
+                    write1(here, piece[i].at(k));
             }
         }
     }
@@ -376,7 +368,9 @@ struct Projection {
 // The pieces of four channels that a lane has of a tile.
 struct Pieces {
     int lane, first_channel, count;  // the block's channels: where they begin, how many exist
-    i64 row;
+    Tokens tokens;
+
+    __device__ __forceinline__ bool whole(u32 tile) const { return tile < tokens.whole; }
 
     __device__ __forceinline__ int token(int i) const { return (lane + 32 * i) / QUADS; }
     __device__ __forceinline__ int channel(int i) const { return (lane + 32 * i) % QUADS * 4; }
@@ -384,15 +378,21 @@ struct Pieces {
     __device__ __forceinline__ int present(int i, int rows) const {
         return token(i) < rows ? count - channel(i) : 0;
     }
+    // How many to read: where a channel does not exist, `aim` has chosen another one.
+    template <bool WHOLE>
+    __device__ __forceinline__ int read(int i, int rows) const {
+        return WHOLE && WIDE ? 4 : present(i, rows);
+    }
 
     template <int KIND>
     __device__ __forceinline__ void aim(Stream<KIND, QUADS>& stream, const void* base,
                                         i64 row_stride, i64 token_stride, i64 first,
-                                        int tokens) const {
-        stream.place(base, row * row_stride + first * token_stride + first_channel, token_stride,
-                     tokens);
+                                        int stride) const {
+        stream.place(base, tokens.at(row_stride, first, token_stride) + first_channel, token_stride,
+                     stride);
 #pragma unroll
-        for (int i = 0; i < QUADS; i++) stream.aim(i, token(i), token_stride, channel(i));
+        for (int i = 0; i < QUADS; i++)
+            stream.aim(i, token(i), token_stride, channel(i) < count ? channel(i) : 0);
     }
     template <typename Get>
     __device__ __forceinline__ void constants(float (&to)[QUADS][4], float absent, Get get) const {
@@ -408,25 +408,25 @@ struct Pieces {
 struct Valid {
     const u8* from;
     i64 token_stride, advance;
-    bool open[QUADS];
+    bool given[QUADS];
 
     __device__ __forceinline__ void place(const Parameters& p, const Pieces& at, i64 first,
                                           int tokens) {
-        if (VALID) from = p.valid + at.row * p.valid_row + first * p.valid_token;
+        if (VALID) from = p.valid + at.tokens.at(p.valid_row, first, p.valid_token);
         token_stride = VALID ? p.valid_token : 0;
         advance = token_stride * tokens;
     }
+    __device__ __forceinline__ bool token(int t) const { return !VALID || from[t * token_stride]; }
     __device__ __forceinline__ void load(const Pieces& at, int rows) {
 #pragma unroll
-        for (int i = 0; i < QUADS; i++)
-            open[i] = at.token(i) < rows && (!VALID || from[at.token(i) * token_stride]);
+        for (int i = 0; i < QUADS; i++) given[i] = at.token(i) < rows && token(at.token(i));
         if (VALID) from += advance;
     }
+    template <bool WHOLE>
+    __device__ __forceinline__ bool open(int i) const {
+        return (WHOLE && !VALID) || given[i];
+    }
 };
-
-__device__ __forceinline__ int rows_of(i64 left) {
-    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
-}
 
 struct Producer {
     Pieces at;
@@ -438,53 +438,70 @@ struct Producer {
     Valid valid;
     Projection<B_KIND> B;
     Projection<C_KIND> C;
+    int delta_to[QUADS], B_to, C_to;  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+        int t = C.token(0, at.lane), word = C.state(0, at.lane) / 2;
+        B_to = opaque(B_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
+        C_to = opaque(C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i));
+        }
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
         valid.place(p, at, first, STRIDE);
-        B.place(p.B, at.row * p.B_row + first * p.B_token, p.B_token, at.lane);
-        C.place(p.C, at.row * p.C_row + first * p.C_token, p.C_token, at.lane);
+        B.place(p.B, at.tokens.at(p.B_row, first, p.B_token), p.B_token, at.lane);
+        C.place(p.C, at.tokens.at(p.C_row, first, p.C_token), p.C_token, at.lane);
         at.constants(bias, 0.0f,
                      [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
         at.constants(scale, 1.0f,
-                     [&](int c) { return SCALE ? p.scale[at.row * p.scale_row + c] : 1.0f; });
+                     [&](int c) { return SCALE ? p.scale[at.tokens.row * p.scale_row + c] : 1.0f; });
         at.constants(floor, 0.0f,
-                     [&](int c) { return FLOOR ? p.floor[at.row * p.floor_row + c] : 0.0f; });
+                     [&](int c) { return FLOOR ? p.floor[at.tokens.row * p.floor_row + c] : 0.0f; });
     }
 
-    // Ask for the next tile, of which `rows` rows exist.
+    // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
+    template <bool WHOLE>
     __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int here = at.present(i, rows);
+            int here = at.read<WHOLE>(i, rows);
             delta[i].load(delta_from.tile + delta_from.offset[i], here, WIDE);
             x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
         }
+        B.load<WHOLE>(rows, at.lane);
+        C.load<WHOLE>(rows, at.lane);
         valid.load(at, rows);
         delta_from.tile += delta_from.advance;
         x_from.tile += x_from.advance;
-        B.load(rows, at.lane);
-        C.load(rows, at.lane);
     }
 
     // Leave the tile in shared memory, as consumers read it.
-    __device__ __forceinline__ void make(float* buffer) const {
+    template <bool WHOLE>
+    __device__ __forceinline__ void make(Shared buffer) const {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float* out = buffer + at.channel(i) * DELTA_PITCH + at.token(i);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float step = step_of(i, k);
-                step = valid.open[i] ? step : 0.0f;
+                step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
-                float written = VALID && !valid.open[i] ? 0.0f : step * x[i].at(k);
-                out[k * DELTA_PITCH] = step;
-                out[k * DELTA_PITCH + WRITTEN_AT] = written;
+                float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
+                write1(buffer + delta_to[i] + k * DELTA_PITCH, step);
+                write1(buffer + delta_to[i] + (k * DELTA_PITCH + WRITTEN_AT), written);
             }
+            if (TENSOR && HAS_SKIP)
+                write2(buffer + 2 * at.lane + (X_AT + 64 * i), __uint_as_float(x[i].word[0]),
+                       __uint_as_float(x[i].word[1]));
         }
-        B.spread(buffer + B_AT, at.lane);
-        C.spread(buffer + C_AT, at.lane);
+        if (TENSOR) {
+            B.copy(buffer + B_to);
+            C.copy(buffer + C_to);
+        } else {
+            B.spread(buffer + B_AT, at.lane);
+            C.spread(buffer + C_AT, at.lane);
+        }
     }
 
     __device__ __forceinline__ float step_of(int i, int k) const {
@@ -494,28 +511,37 @@ struct Producer {
         if (!FLOOR) return step;
         bool frozen = step < floor[i][k];
         if (fabsf(step - floor[i][k]) <= 1e-5f * fabsf(floor[i][k]))
-            frozen = below_floor(v, scale[i][k], floor[i][k]);
+            frozen = below_floor(v, scale[i][k], floor[i][k], SOFTPLUS, SCALE);
         return frozen ? 0.0f : step;
     }
 };
 
 __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
-                                        float* buffers, u64* full, u64* free) {
+                                        const Buffers& buffers) {
     Producer of;
     of.at = at;
     of.place(p, static_cast<i64>(producer) * TILE);
-    u32 tiles = tiles_of(p);
-    of.load(rows_of(p.length - static_cast<i64>(producer) * TILE));
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(producer));
     Ring at_slot(producer);
 #pragma unroll 1
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
-        if (tile >= SLOTS) barrier_wait(free + at_slot.slot, at_slot.parity ^ 1);
-        of.make(buffers + at_slot.slot * BUFFER);
-        barrier_arrive(full + at_slot.slot, at.lane);
+        Shared buffer = buffers.at(at_slot.slot);
+        if (tile >= SLOTS) barrier_wait(buffers.free(at_slot.slot), at_slot.parity ^ 1);
+        if (at.whole(tile))
+            of.make<true>(buffer);
+        else
+            of.make<false>(buffer);
+        barrier_arrive(buffers.full(at_slot.slot), at.lane);
         at_slot.advance(PRODUCER_COUNT);
-        of.load(rows_of(p.length - static_cast<i64>(tile + PRODUCER_COUNT) * TILE));
+        if (at.whole(tile + PRODUCER_COUNT))
+            of.load<true>(TILE);
+        else
+            of.load<false>(at.tokens.rows(tile + PRODUCER_COUNT));
     }
 }
+
+constexpr bool READS_X = HAS_SKIP && !TENSOR;  // else it is in the buffer
 
 struct Finisher {
     Pieces at;
@@ -525,44 +551,53 @@ struct Finisher {
     Piece<X_KIND, 4> x[QUADS];
     Piece<Z_KIND, 4> z[QUADS];
     Valid valid;
+    int sum_from[QUADS];  // where in a buffer
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            sum_from[i] = opaque(at.token(i) * SUM_PITCH + at.channel(i));
         constexpr int tokens = FINISHER_COUNT * TILE;
-        at.aim(y_to, p.y, p.length * p.channels, p.channels, first, tokens);
-        if (HAS_SKIP) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
+        at.aim(y_to, p.y, ENDS ? 0 : p.length * p.channels, p.channels, first, tokens);
+        if (READS_X) at.aim(x_from, p.x, p.x_row, p.x_token, first, tokens);
         if (HAS_Z) at.aim(z_from, p.z, p.z_row, p.z_token, first, tokens);
         valid.place(p, at, first, tokens);
         at.constants(skip, 0.0f,
                      [&](int c) { return HAS_SKIP ? number_at<SKIP_KIND>(p.skip, c) : 0.0f; });
     }
 
+    template <bool WHOLE>
     __device__ __forceinline__ void load(int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int here = at.present(i, rows);
-            if (HAS_SKIP) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
+            int here = at.read<WHOLE>(i, rows);
+            if (READS_X) x[i].load(x_from.tile + x_from.offset[i], here, WIDE);
             if (HAS_Z) z[i].load(z_from.tile + z_from.offset[i], here, WIDE);
         }
         valid.load(at, rows);
-        if (HAS_SKIP) x_from.tile += x_from.advance;
+        if (READS_X) x_from.tile += x_from.advance;
         if (HAS_Z) z_from.tile += z_from.advance;
     }
 
-    __device__ __forceinline__ void sum(float (&y)[QUADS][4], const float* buffer) const {
+    __device__ __forceinline__ void sum(float (&y)[QUADS][4], Shared buffer) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            const float* sums = buffer + SUM_AT + (at.lane + 32 * i) * 4;
+            if (HAS_SKIP && TENSOR) {
+                float words[2];
+                read2(words, buffer + 2 * at.lane + (X_AT + 64 * i));
+                x[i].word[0] = __float_as_uint(words[0]), x[i].word[1] = __float_as_uint(words[1]);
+            }
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
-                float4 v = *reinterpret_cast<const float4*>(sums + part * PART_SIZE);
-                y[i][0] = part ? y[i][0] + v.x : v.x;
-                y[i][1] = part ? y[i][1] + v.y : v.y;
-                y[i][2] = part ? y[i][2] + v.z : v.z;
-                y[i][3] = part ? y[i][3] + v.w : v.w;
+                float v[4];
+                read4(v, buffer + sum_from[i] + (SUM_AT + part * PART_SIZE));
+#pragma unroll
+                for (int k = 0; k < 4; k++) y[i][k] = part ? y[i][k] + v[k] : v[k];
             }
         }
     }
 
+    template <bool WHOLE>
     __device__ __forceinline__ void store(float (&y)[QUADS][4], int rows) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
@@ -570,32 +605,83 @@ struct Finisher {
             for (int k = 0; k < 4; k++) {
                 if (HAS_SKIP) y[i][k] = fmaf(skip[i][k], x[i].at(k), y[i][k]);
                 if (HAS_Z) y[i][k] *= silu(z[i].at(k));
-                if (VALID && !valid.open[i]) y[i][k] = 0.0f;
+                if (!valid.open<!VALID>(i)) y[i][k] = 0.0f;
             }
             store_quad<X_KIND>(const_cast<char*>(y_to.tile) + y_to.offset[i], y[i],
-                               at.present(i, rows));
+                               WHOLE ? at.count - at.channel(i) : at.present(i, rows));
         }
         y_to.tile += y_to.advance;
     }
 };
 
 __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, int finisher,
-                                       const float* buffers, u64* done, u64* free) {
+                                       const Buffers& buffers) {
     Finisher of;
     of.at = at;
     of.place(p, static_cast<i64>(finisher) * TILE);
-    u32 tiles = tiles_of(p);
-    of.load(rows_of(p.length - static_cast<i64>(finisher) * TILE));
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(finisher));
     Ring at_slot(finisher);
 #pragma unroll 1
     for (u32 tile = finisher; tile < tiles; tile += FINISHER_COUNT) {
         float y[QUADS][4];
-        barrier_wait(done + at_slot.slot, at_slot.parity);
-        of.sum(y, buffers + at_slot.slot * BUFFER);
-        barrier_arrive(free + at_slot.slot, at.lane);
+        barrier_wait(buffers.done(at_slot.slot), at_slot.parity);
+        of.sum(y, buffers.at(at_slot.slot));
+        barrier_arrive(buffers.free(at_slot.slot), at.lane);
         at_slot.advance(FINISHER_COUNT);
-        of.store(y, rows_of(p.length - static_cast<i64>(tile) * TILE));
-        of.load(rows_of(p.length - static_cast<i64>(tile + FINISHER_COUNT) * TILE));
+        if (at.whole(tile))
+            of.store<true>(y, TILE);
+        else
+            of.store<false>(y, at.tokens.rows(tile));
+        if (at.whole(tile + FINISHER_COUNT))
+            of.load<true>(TILE);
+        else
+            of.load<false>(at.tokens.rows(tile + FINISHER_COUNT));
+    }
+}
+
+// Producer and finisher in one: a warp finishes a tile behind the next one that it produces. So
+// `free` is not needed, since the warp that fills a buffer has emptied it.
+__device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int server,
+                                      const Buffers& buffers) {
+    Producer of;
+    Finisher to;
+    of.at = to.at = at;
+    of.place(p, static_cast<i64>(server) * TILE);
+    to.place(p, static_cast<i64>(server) * TILE);
+    u32 tiles = at.tokens.tiles;
+    of.load<false>(at.tokens.rows(server));
+    Ring here(server), behind(server);
+#pragma unroll 1
+    for (u32 tile = server; tile < tiles + PRODUCER_COUNT; tile += PRODUCER_COUNT) {
+        u32 next = tile + PRODUCER_COUNT, last = tile - PRODUCER_COUNT;
+        if (tile < tiles) {
+            Shared buffer = buffers.at(here.slot);
+            if (at.whole(tile))
+                of.make<true>(buffer);
+            else
+                of.make<false>(buffer);
+            barrier_arrive(buffers.full(here.slot), at.lane);
+            if (at.whole(next))
+                of.load<true>(TILE);
+            else
+                of.load<false>(at.tokens.rows(next));
+        }
+        here.advance(PRODUCER_COUNT);
+        if (tile >= PRODUCER_COUNT) {
+            float y[QUADS][4];
+            barrier_wait(buffers.done(behind.slot), behind.parity);
+            to.sum(y, buffers.at(behind.slot));
+            behind.advance(PRODUCER_COUNT);
+            if (at.whole(last))
+                to.store<true>(y, TILE);
+            else
+                to.store<false>(y, at.tokens.rows(last));
+        }
+        if (at.whole(tile))
+            to.load<true>(TILE);
+        else
+            to.load<false>(at.tokens.rows(tile));
     }
 }
 
@@ -605,16 +691,11 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
 // before that is advanced, and the sums of three earlier ones move through the exchanges.
 constexpr int GROUPS = TILE / 4;
 
-__device__ __forceinline__ void read4(float* to, const float* from) {
-    float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-}
-
 // Four tokens of what a consumer lane reads, but for Δ.
 struct Group {
     float written[4], B[4 * PER_LANE], C[4 * PER_LANE];
 
-    __device__ __forceinline__ void read(const float* channel, const float* states, int g) {
+    __device__ __forceinline__ void read(Shared channel, Shared states, int g) {
         read4(written, channel + WRITTEN_AT + 4 * g);
 #pragma unroll
         for (int v = 0; v < PER_LANE; v++) {
@@ -687,7 +768,7 @@ struct Consumer {
     // the sums of the block of tokens that left the exchanges last go to `flushed`.
     template <bool ADVANCE>
     __device__ __forceinline__ void turn(int g, const Group& of, const float* delta,
-                                         float* flushed) {
+                                         Shared flushed) {
         if (STAGES == 3) {
             if (g % 2 == 1) flush_block(flushed, (g + 3) % GROUPS / 2);
             if (g % 2 == 0) third.begin(second[0].end(), second[1].end(), bit2, mask2);
@@ -708,19 +789,19 @@ struct Consumer {
     }
 
     // After three exchanges a lane has the whole sum of one of eight tokens, or half of it.
-    __device__ __forceinline__ void flush_block(float* to, int block) const {
+    __device__ __forceinline__ void flush_block(Shared to, int block) const {
         float whole = third.end();
         if (GROUP == 16) whole += __shfl_xor_sync(~0u, whole, 16);
-        if (mine < 8) to[(block * BLOCK + mine) * CHANNELS] = whole;
+        if (mine < 8) write1(to + (block * BLOCK + mine) * CHANNELS, whole);
     }
 
     // Before that, it has a part of some of four tokens.
-    __device__ __forceinline__ void flush_group(float* to, int group) const {
+    __device__ __forceinline__ void flush_group(Shared to, int group) const {
         int part = mine >> STAGES, low = mine & ((1 << STAGES) - 1);
-        to += part * PART_SIZE + (group * 4 + low) * CHANNELS;
+        to = to + (part * PART_SIZE + low * CHANNELS) + group * 4 * CHANNELS;
 #pragma unroll
         for (int i = 0; i < 4 >> STAGES; i++)
-            to[(i << STAGES) * CHANNELS] = STAGES ? first[i % 2].end() : sum[i];
+            write1(to + (i << STAGES) * CHANNELS, STAGES ? first[i % 2].end() : sum[i]);
     }
 };
 
@@ -733,7 +814,7 @@ struct Walk {
     Group of[2];
     float delta[2][4];
 
-    __device__ __forceinline__ void begin(Consumer& c, const float* buffer) {
+    __device__ __forceinline__ void begin(Consumer& c, Shared buffer) {
         of[0].read(buffer + channel_at, buffer + states_at, 0);
         read4(delta[0], buffer + channel_at);
         read4(delta[1], buffer + channel_at + 4);
@@ -743,11 +824,11 @@ struct Walk {
     // Groups FROM to TO of a tile in `buffer`. `other` is the tile behind it, where TO is 8, and
     // else the one before it, whose last sums are flushed.
     template <int FROM, int TO, bool ADVANCE>
-    __device__ __forceinline__ void turns(Consumer& c, float* buffer, float* other) {
+    __device__ __forceinline__ void turns(Consumer& c, Shared buffer, Shared other) {
 #pragma unroll
         for (int g = FROM; g < TO; g++) {
             if (ADVANCE) {
-                float* from = g < GROUPS - 1 ? buffer : other;
+                Shared from = g < GROUPS - 1 ? buffer : other;
                 of[(g + 1) % 2].read(from + channel_at, from + states_at, (g + 1) % GROUPS);
                 from = g < GROUPS - 2 ? buffer : other;
                 read4(delta[g % 2], from + channel_at + (g + 2) % GROUPS * 4);
@@ -758,14 +839,15 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ void consume(const Parameters& p, int warp, int lane, i64 row,
-                                        int first_channel, float* buffers, u64* full, u64* done) {
+__device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
+                                        const Tokens& tokens, int first_channel,
+                                        const Buffers& buffers) {
     Consumer c;
     c.place(lane, warp);
     int d = first_channel + c.channel;
     bool here = d < p.channels;
-    i64 state = (row * p.channels + d) * STATES + c.mine * PER_LANE;
-    float scale = DECAY && here ? p.decay[row * p.decay_row + d] : 1.0f;
+    i64 state = (tokens.row * p.channels + d) * STATES + c.mine * PER_LANE;
+    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
 #pragma unroll
     for (int s = 0; s < PER_LANE; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + c.mine * PER_LANE + s] : 0.0f;
@@ -773,29 +855,27 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
         c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
-    u32 tiles = tiles_of(p);
-    Walk walk{c.channel * DELTA_PITCH, c.mine * 4, SUM_AT + c.channel};
-    barrier_wait(full, 0);
-    walk.begin(c, buffers);
-    walk.turns<0, 6, true>(c, buffers, buffers);
-    float* buffer = buffers;
-    u64* handed = done;
+    u32 tiles = tokens.tiles;
+    Walk walk{delta_of(c.channel), c.mine * 4, SUM_AT + c.channel};
+    barrier_wait(buffers.full(0), 0);
+    Shared buffer = buffers.at(0), handed = buffers.done(0);
+    walk.begin(c, buffer);
+    walk.turns<0, 6, true>(c, buffer, buffer);
     Ring ahead(0);
     ahead.advance(1);
     u32 tile = 1;
     while (tile < tiles) {
-        barrier_wait(full + ahead.slot, ahead.parity);
+        barrier_wait(buffers.full(ahead.slot), ahead.parity);
         bool on;
         do {
             // What keeps the compiler from mixing the instructions before and behind it, a branch
             // or a barrier, all stands at the end of the loop.
-            float* next = buffers + ahead.slot * BUFFER;
-            u64* later = done + ahead.slot;
+            Shared next = buffers.at(ahead.slot), later = buffers.done(ahead.slot);
             ahead.advance(1);
             tile++;
             walk.turns<6, 8, true>(c, buffer, next);
             walk.turns<0, 2, true>(c, next, buffer);
-            bool ready = barrier_test(full + ahead.slot, ahead.parity);
+            bool ready = barrier_test(buffers.full(ahead.slot), ahead.parity);
             walk.turns<2, 6, true>(c, next, buffer);
             on = __all_sync(~0u, ready && tile < tiles);
             barrier_arrive(handed, lane);
@@ -812,28 +892,209 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
     }
 }
 
-static_assert(SHARED == SLOTS * BUFFER * 4, "the launch has another size of shared memory");
+// The same, but C·h is summed over the states on tensor cores, with no exchange between lanes.
+//
+// A lane keeps two states of one channel: lanes 4g to 4g + 3 have half g % 2 of the states of
+// channel g / 2, as lanes have the numbers of a product's first factor. Two tokens go into one
+// product, as rows g and g + 8; its second factor is C of four tokens, in columns: of the two halves
+// of the states, each. So a quarter of the result is wanted, and lane c has it where its column is
+// 2c. Tensor cores cut the states to 11 bits there, which adds little to y's rounding to bfloat16;
+// the states themselves stay as they are.
+//
+// What a lane reads of four tokens; B and C as pairs of bfloat16, as they lie in memory.
+struct Four {
+    float delta[4], written[4], B[4], C;
+};
+
+__device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
+                                         float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
+}
+
+// Four matrices of 8 x 8 16-bit numbers, of which each lane points to a row: lane 4g + c gets the
+// numbers 2c and 2c + 1 of row g of each.
+__device__ __forceinline__ void load_matrices(float* to, Shared row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(row.address));
+}
+
+__device__ __forceinline__ float of_pair(float pair, int i) {
+    u32 bits = __float_as_uint(pair);
+    return i ? __uint_as_float(bits & 0xffff0000u) : widen<1>(bits);
+}
+
+struct TensorConsumer {
+    int delta_at, B_from, C_from[2], sum_at;
+    bool takes[2][2];  // sums: of which pair of tokens, in even and in odd groups
+    float A[2], h[2], sum[2];
+    float decay[2][8], write[2][8];
+    Four of[2];
+
+    __device__ __forceinline__ static int half_of(int lane) { return lane / 4 % 2; }
+    __device__ __forceinline__ static int channel_of(int lane) { return lane / 8; }
+
+    __device__ __forceinline__ void place(int lane, int warp) {
+        int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
+        delta_at = delta_of(channel);
+        B_from = B_AT + lane / 8 * 8 + half_of(lane % 8 * 4) * 4;
+        for (int i = 0; i < 2; i++) {
+            C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + (g / 2 % 2 ^ i) * 4 + c;
+            for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
+        }
+        int token = 4 * (c % 2 ^ half) + c / 2 * 2;
+        sum_at = SUM_AT + half * PART_SIZE + token * SUM_PITCH + channel;
+        sum[0] = sum[1] = 0.0f;
+    }
+
+    __device__ __forceinline__ void read(Four& to, Shared buffer, int g) const {
+        read4(to.delta, buffer + delta_at + 4 * g);
+        read4(to.written, buffer + delta_at + (WRITTEN_AT + 4 * g));
+        load_matrices(to.B, buffer + B_from + BC_FOUR * g);
+        read1(to.C, buffer + C_from[g % 2] + BC_FOUR * g);
+    }
+
+    // What four tokens leave of the states, and what they add.
+    __device__ __forceinline__ void prepare(int g, const Four& from) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            decay[g % 2][i] = exp2_fast(from.delta[i / 2] * A[i % 2]);
+            write[g % 2][i] = from.written[i / 2] * of_pair(from.B[i / 2], i % 2);
+        }
+    }
+
+    __device__ __forceinline__ void advance(int g, float C, Shared buffer) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float *a = decay[g % 2] + 4 * j, *w = write[g % 2] + 4 * j;
+            float first[] = {fmaf(a[0], h[0], w[0]), fmaf(a[1], h[1], w[1])}, y[4];
+            h[0] = fmaf(a[2], first[0], w[2]);
+            h[1] = fmaf(a[3], first[1], w[3]);
+            multiply(y, first[0], h[0], first[1], h[1], of_pair(C, 0), of_pair(C, 1));
+            sum[0] = takes[g % 2][j] ? y[0] : sum[0];
+            sum[1] = takes[g % 2][j] ? y[3] : sum[1];
+        }
+        if (g % 2 == 0) return;
+        write1(buffer + sum_at + g / 2 * BLOCK * SUM_PITCH, sum[0]);
+        write1(buffer + sum_at + (g / 2 * BLOCK + 1) * SUM_PITCH, sum[1]);
+    }
+
+    __device__ __forceinline__ void begin(Shared buffer) {
+        read(of[0], buffer, 0);
+        read(of[1], buffer, 1);
+        prepare(0, of[0]);
+    }
+
+    // Groups FROM to TO of the tile in `buffer`; `next` is the tile behind it. A group is read two
+    // turns before it is advanced, its decays are computed one turn before.
+    template <int FROM, int TO>
+    __device__ __forceinline__ void turns(Shared buffer, Shared next) {
+#pragma unroll
+        for (int g = FROM; g < TO; g++) {
+            float C = of[g % 2].C;
+            read(of[g % 2], g < GROUPS - 2 ? buffer : next, (g + 2) % GROUPS);
+            prepare(g + 1, of[(g + 1) % 2]);
+            advance(g, C, buffer);
+        }
+    }
+};
+
+__device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int warp, int lane,
+                                                        const Tokens& tokens, int first_channel,
+                                                        const Buffers& buffers) {
+    TensorConsumer c;
+    c.place(lane, warp);
+    int d = first_channel + warp * 4 + c.channel_of(lane);
+    bool here = d < p.channels;
+    int first_state = c.half_of(lane) * 8 + lane % 4 * 2;
+    i64 state = (tokens.row * p.channels + d) * STATES + first_state;
+    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
+        c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
+        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
+    }
+    u32 tiles = tokens.tiles;
+    barrier_wait(buffers.full(0), 0);
+    Shared buffer = buffers.at(0), handed = buffers.done(0);
+    c.begin(buffer);
+    c.turns<0, 6>(buffer, buffer);
+    Ring ahead(0);
+    ahead.advance(1);
+    u32 tile = 1;
+    while (tile < tiles) {
+        barrier_wait(buffers.full(ahead.slot), ahead.parity);
+        bool on;
+        do {
+            Shared next = buffers.at(ahead.slot), later = buffers.done(ahead.slot);
+            ahead.advance(1);
+            tile++;
+            c.turns<6, 8>(buffer, next);
+            c.turns<0, 2>(next, next);
+            bool ready = barrier_test(buffers.full(ahead.slot), ahead.parity);
+            c.turns<2, 6>(next, next);
+            on = __all_sync(~0u, ready && tile < tiles);
+            barrier_arrive(handed, lane);
+            handed = later;
+            buffer = next;
+        } while (on);
+    }
+    c.turns<6, 8>(buffer, buffer);
+    barrier_arrive(handed, lane);
+    if (here) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
+    }
+}
+
+// Of an empty sequence.
+__device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int first_channel) {
+    i64 first = (row * p.channels + first_channel) * STATES;
+    int count = min(CHANNELS, p.channels - first_channel) * STATES;
+    for (int i = threadIdx.x; i < count; i += WARPS * 32)
+        p.final[first + i] = INITIAL ? p.initial[first + i] : 0.0f;
+}
+
+static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
+              "made for these");
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8),
+              "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     selective_scan_forward(const __grid_constant__ Parameters p) {
-    extern __shared__ __align__(16) float buffers[];
-    __shared__ u64 full[SLOTS], done[SLOTS], free[SLOTS];
+    Buffers buffers{shared_start()};
     // From lane 0, so that the compiler knows it to be the same in the whole warp.
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    i64 row = blockIdx.y;
+    Tokens tokens = tokens_of(p, blockIdx.y);
     int first_channel = blockIdx.x * CHANNELS;
+    if (ENDS && tokens.tiles == 0) {
+        keep_states(p, tokens.row, first_channel);
+        return;
+    }
     if (threadIdx.x < SLOTS) {
-        barrier_init(full + threadIdx.x, 1);
-        barrier_init(done + threadIdx.x, CONSUMERS);
-        barrier_init(free + threadIdx.x, 1);
+        barrier_init(buffers.full(threadIdx.x), 1);
+        barrier_init(buffers.done(threadIdx.x), CONSUMERS);
+        barrier_init(buffers.free(threadIdx.x), 1);
     }
     __syncthreads();
     if (warp < CONSUMERS) {
-        consume(p, warp, lane, row, first_channel, buffers, full, done);
+        if constexpr (TENSOR)
+            consume_on_tensor_cores(p, warp, lane, tokens, first_channel, buffers);
+        else
+            consume(p, warp, lane, tokens, first_channel, buffers);
         return;
     }
-    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), row};
+    Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), tokens};
     u32 me = 1u << warp;
-    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers, full, free);
-    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers, done, free);
+    if constexpr (PRODUCERS == FINISHERS) {
+        if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers);
+        return;
+    }
+    if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers);
+    if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers);
 }

@@ -36,6 +36,7 @@ class Layout:
         finishers: which warps are finishers, as bits.
         slots: tiles that are in shared memory at once.
         stages: how often lanes exchange sums before finishers add up the rest; 0, 1 or 3.
+        tensor: the sums are made on tensor cores: for x, B and C in bfloat16, with 16 states.
     """
 
     group: int
@@ -44,6 +45,7 @@ class Layout:
     finishers: int
     slots: int = 4
     stages: int = 0
+    tensor: bool = False
 
     @property
     def warps(self) -> int:
@@ -57,21 +59,33 @@ class Layout:
 
     def shared_bytes(self, states: int) -> int:
         """The size of the buffers, as the kernel computes it."""
-        inputs = 2 * self.channels * (_TILE + 4)
-        projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
-        parts = 1 if self.stages == 3 else self.group >> self.stages
-        part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
-        return self.slots * 4 * (inputs + projections + parts * part)
+        delta = self.channels * (_TILE + 4) + (self.channels - 1) // 8 * 8
+        if self.tensor:
+            pitch = self.channels + (4 if self.channels % 8 == 0 else 0)
+            projections = 2 * _TILE * 8
+            sums = 2 * (_TILE * pitch + 4) + 16 * self.channels
+        else:
+            projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
+            part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
+            sums = part * (1 if self.stages == 3 else self.group >> self.stages)
+        return self.slots * (4 * (2 * delta + projections + sums) + 24)
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
 _LAYOUTS = {
-    1: Layout(group=8, consumers=1, producers=0x0C, finishers=0xE2),
-    2: Layout(group=8, consumers=2, producers=0x0C, finishers=0xF0),
+    1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22),
+    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
 }
 # The same four channels over more lanes: what counts there is how long a token takes.
-_SPREAD = Layout(group=16, consumers=2, producers=0x0C, finishers=0xF0, stages=1)
+_SPREAD = Layout(group=16, consumers=2, producers=0xCC, finishers=0x330, stages=1)
+# For bfloat16 with 16 states.
+_TENSOR = {
+    1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22, slots=8, tensor=True),
+    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00, slots=8, tensor=True),
+    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, tensor=True),
+    4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
+}
 
 
 class _Parameters(ctypes.Structure):
@@ -80,7 +94,7 @@ class _Parameters(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "x", "delta", "B", "C", "z", "skip", "bias",
-            "A", "floor", "scale", "decay", "initial", "valid", "y", "final",
+            "A", "floor", "scale", "decay", "initial", "valid", "ends", "y", "final",
         )),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
         *((f"{name}_token", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
@@ -92,7 +106,8 @@ class _Parameters(ctypes.Structure):
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
     x = inputs.x
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and x.shape[0] < 1 << 16):
+    rows = x.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and rows < 1 << 16):
         return False
     large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
     small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
@@ -132,21 +147,29 @@ class _Call:
         self.A, self.initial = _floats(inputs.A), _floats(inputs.initial_state)
         self.floor, self.scale = _floats(plan.delta_floor), _floats(plan.delta_scale)
         self.decay = _floats(plan.decay_scale)
-        self.valid = inputs.valid
+        self.valid, self.ends = inputs.valid, _contiguous(inputs.cu_seqlens)
         self.softplus = inputs.delta_softplus
 
     def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
         x = self.x
-        batch, _, channels = x.shape
+        rows, _, channels = x.shape
+        if self.ends is not None:
+            rows = len(self.ends) - 1
         states = self.A.shape[1]
         if layout is None:
-            layout = _layout(x.device.index, batch, channels, states)
+            layout = _layout(x.device.index, rows, channels, states, self.is_brief())
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        final = torch.empty(batch, channels, states, dtype=torch.float32, device=x.device)
-        kernel = _kernel(x.device.index, layout, states, self.kinds(), self.flags())
-        grid = (-(-channels // layout.channels), batch, 1)
+        final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
+        kernel = _kernel(
+            x.device.index, layout, states, self.kinds(), self.flags(), self.ends_kind()
+        )
+        grid = (-(-channels // layout.channels), rows, 1)
         kernel.launch(grid, self.parameters(y, final))
         return y, final
+
+    def is_brief(self) -> bool:
+        """Whether sums rounded to bfloat16 are enough."""
+        return all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
 
     def kinds(self) -> tuple[int, ...]:
         read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
@@ -170,15 +193,18 @@ class _Call:
             self.x.dtype == torch.float32,
         )
 
+    def ends_kind(self) -> int:
+        return 0 if self.ends is None else self.ends.element_size() // 4
+
     def parameters(self, y: Tensor, final: Tensor) -> _Parameters:
         strided = (self.x, self.delta, self.B, self.C, self.z, self.valid)
         pointers = (
             *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
-            self.initial, self.valid, y, final,
+            self.initial, self.valid, self.ends, y, final,
         )  # fmt: skip
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
-            *(0 if t is None else t.stride(0) for t in strided),
+            *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
             *(0 if t is None else t.stride(1) for t in strided),
             self.x.shape[1],
             self.x.shape[2],
@@ -187,12 +213,14 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(device: int, batch: int, channels: int, states: int) -> Layout:
+def _layout(device: int, rows: int, channels: int, states: int, brief: bool) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     chip = torch.cuda.get_device_properties(device)
-    quads = batch * -(-channels // 4)
-    quads = min(max(_LAYOUTS), -(-quads // chip.multi_processor_count))
-    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else _LAYOUTS[quads]
+    table = _TENSOR if brief and states == 16 else _LAYOUTS
+    quads = rows * -(-channels // 4)
+    quads = min(max(table), -(-quads // chip.multi_processor_count))
+    spread = quads == 1 and table is _LAYOUTS and states >= _SPREAD.group
+    layout = _SPREAD if spread else table[quads]
     if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
         layout = replace(layout, slots=4)
     return layout
@@ -206,7 +234,12 @@ def _capable(device: int) -> bool:
 
 @functools.cache
 def _kernel(
-    device: int, layout: Layout, states: int, kinds: tuple[int, ...], flags: tuple[bool, ...]
+    device: int,
+    layout: Layout,
+    states: int,
+    kinds: tuple[int, ...],
+    flags: tuple[bool, ...],
+    ends: int,
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     shared = layout.shared_bytes(states)
@@ -219,6 +252,7 @@ def _kernel(
         **{f"{name}_KIND": kind for name, kind in zip(names, kinds, strict=True)},
         **dict(zip(switches, flags, strict=True)),
         **{name.upper(): value for name, value in asdict(layout).items()},
+        "ENDS": ends,
         "STATES": states,
         "WARPS": layout.warps,
         "SHARED": shared,
