@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ TASKS = ("prefill", "decode")
 INTERRUPTED = 130
 
 Row = dict[str, Any]
+Call = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Settings:
 def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
     for op in _ops.all_ops(asked.backends):
         if op.name in names:
-            bench = OpBench(op, asked)
+            bench = OpBench(replace(op, dtype=_usual(asked.device)), asked)
             lengths = op.lengths if asked.lengths is None or op.lengths == (1,) else asked.lengths
             for tokens in lengths:
                 yield Job(op.name, tokens, bench.at(tokens))
@@ -96,6 +97,8 @@ class OpBench:
 
     def __init__(self, op: _ops.Op, asked: Settings) -> None:
         self.op, self.asked = op, asked
+        on_gpu = asked.device.type == "cuda"  # where the others' kernels run
+        self._sides = [side for side in op.sides() if side.ours or on_gpu]
         self._verdicts: dict[str, _ops.Verdict | str] = {}
 
     def at(self, tokens: int) -> Callable[[], list[Row]]:
@@ -105,7 +108,7 @@ class OpBench:
     def _judge(self) -> dict[str, _ops.Verdict | str]:
         if not self._verdicts:
             judge = _ops.Judge(self.op, self.asked.device, self.asked.seed)
-            for side in self.op.sides():
+            for side in self._sides:
                 try:
                     self._verdicts[side.name] = judge.verdict(side)
                 except Exception as error:
@@ -116,7 +119,7 @@ class OpBench:
     def _rows(self, tokens: int) -> list[Row]:
         verdicts, sets = self._judge(), None
         rows, contestants = [], []
-        for side in self.op.sides():
+        for side in self._sides:
             verdict = verdicts[side.name]
             row = self._row(side, tokens, verdict)
             rows.append(row)
@@ -164,6 +167,10 @@ class OpBench:
         return call
 
 
+def _usual(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -187,7 +194,7 @@ def _finish(row: Row, contestant: Contestant, unit: float, name: str) -> None:
 
 
 def model_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
-    dtype = torch.bfloat16 if asked.device.type == "cuda" else torch.float32
+    dtype = _usual(asked.device)
     lengths = PREFILLS if asked.lengths is None else asked.lengths
     for name in names:
         bench = ModelBench(name, dtype, asked)
@@ -257,24 +264,43 @@ class ModelBench:
             verdict = self._verdicts[side.name]
             row |= {} if verdict is None else _judged(verdict, side.ours)
             rows.append(row)
-            call = self._call(side, task, ids)
-            failed = row.get("failed")
-            contestants.append(Contestant(side.name, call, side.during, alone=True, failed=failed))
-        compare(contestants, self.asked.device, self.asked.seconds)
-        for row, contestant in zip(rows, contestants, strict=True):
+            contestants.append(
+                [
+                    Contestant(side.name, call, side.during, alone=True, failed=row.get("failed"))
+                    for call in self._calls(side, task, ids)
+                ]
+            )
+        compare([c for each in contestants for c in each], self.asked.device, self.asked.seconds)
+        for row, each in zip(rows, contestants, strict=True):
             seconds, unit = (1.0, "s") if task == "prefill" else (1e-3 * tokens, "ms a token")
-            _finish(row, contestant, seconds, unit)
+            _finish(row, each[0] if len(each) == 1 else _difference(*each), seconds, unit)
         return rows
 
-    def _call(self, side: _models.Side, task: str, ids: torch.Tensor) -> Callable[[int], Any]:
-        run = side.prefill if task == "prefill" else side.decode
+    def _calls(self, side: _models.Side, task: str, ids: torch.Tensor) -> list[Call]:
+        """What is timed; of tokens one by one a long run and a short one, to be subtracted."""
+        if task == "prefill":
+            return [_without_gradients(side.prefill, ids)]
+        short = _models.SHORT
+        return [
+            _without_gradients(side.decode, ids, tokens)
+            for tokens in (short + _models.NEW_TOKENS, short)
+        ]
 
-        def call(index: int) -> Any:
-            assert run is not None
-            with torch.inference_mode():
-                return run(ids)
 
-        return call
+def _without_gradients(run: Any, *args: Any) -> Call:
+    def call(index: int) -> Any:
+        with torch.inference_mode():
+            return run(*args)
+
+    return call
+
+
+def _difference(long: Contestant, short: Contestant) -> Contestant:
+    """What the tokens took that only the long run has."""
+    long.failed = long.failed or short.failed
+    pairs = zip(long.seconds, short.seconds, strict=False)
+    long.seconds = [more - less for more, less in pairs]
+    return long
 
 
 def chosen(given: str, known: Sequence[str], what: str) -> list[str]:

@@ -54,6 +54,7 @@ def test_each_op_is_judged_and_timed(
 
 def test_gradients_are_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ops, "CHECKED_BACKWARD", 12)
+    monkeypatch.setattr(_ops, "CHECKED_WIDE", 3)
     rows = bench(
         monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", "scan-backward",
         "--lengths", "2",
@@ -122,9 +123,9 @@ def test_one_sides_failure_is_a_row_and_the_others_are_timed(
             if side.name == "transformers":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
-        return call
+        return [call] * (2 if task == "decode" else 1)
 
-    monkeypatch.setattr(run.ModelBench, "_call", full)
+    monkeypatch.setattr(run.ModelBench, "_calls", full)
     rows = bench(
         monkeypatch, tmp_path / "r.json", "--ops", "none", "--models", "mamba-130m",
         "--lengths", "16",

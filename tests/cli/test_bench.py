@@ -75,6 +75,21 @@ def test_a_side_without_memory_is_a_line_and_the_others_go_on(
     assert "widefield, 64 tokens: 0." in done.out
 
 
+def test_a_stock_model_that_does_not_run_here_is_a_line(
+    wf: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = speed._Bench._prefill
+
+    def broken(self: Any, side: Side, ids: Any, watch: bool) -> Any:
+        if side.methods is None:
+            raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
+        return prefill(self, side, ids, watch)
+
+    monkeypatch.setattr(speed._Bench, "_prefill", broken)
+    done = wf("bench", "--lengths", "64", "--new-tokens", "0", "--method", "unmodified")
+    assert done.code == 0 and "RuntimeError: Expected x.is_cuda() to be true" in done.out
+
+
 def test_an_interrupt_tells_what_is_kept(
     wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
