@@ -81,6 +81,23 @@ def test_the_kernel_is_as_exact_as_the_reference(
         assert error(value, exact) <= 2 * error(same, exact) + 3e-7
 
 
+@on_triton
+def test_a_state_that_is_not_dense_goes_on_all_the_same() -> None:
+    from widefield.ops.project import cuda
+
+    given = case(3, 9, 20, ("norm", "conv"), torch.float32)
+    dense = given["convolution"]
+    strided = dense.state.transpose(1, 2).contiguous().transpose(1, 2)
+    y, state = run(cuda.project, given, None, DEVICE)
+    tensors = [t.to(DEVICE) for t in (given["x"], given["weight"], given["norm"])]
+    moved = Convolution(
+        strided.to(DEVICE), dense.weight.to(DEVICE), dense.bias.to(DEVICE), dense.first
+    )
+    ours = cuda.project(*tensors[:2], norm=tensors[2], eps=given["eps"], convolution=moved)
+    torch.testing.assert_close(ours, y)
+    torch.testing.assert_close(moved.state, state)
+
+
 def test_the_parts_are_those_of_a_block() -> None:
     given = case(3, 40, 24, PARTS, torch.float32)
     convolution = given["convolution"]

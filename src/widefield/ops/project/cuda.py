@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._early import early
+from widefield.ops.project import reference
 from widefield.ops.project.reference import Convolution
 from widefield.ops.state_update._triton import silu
 
@@ -104,7 +105,17 @@ def project(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A projection of a few rows on a GPU; the same contract as the reference."""
+    """A projection of a few rows on a GPU; a state that is not dense goes through the reference."""
+    if convolution is not None and not convolution.state.is_contiguous():
+        return reference.project(
+            *(x, weight, bias),
+            gate=gate,
+            norm=norm,
+            eps=eps,
+            convolution=convolution,
+            residual=residual,
+            dtype=dtype,
+        )
     batch, features = x.shape
     outputs = weight.shape[0]
     y = torch.empty(batch, outputs, dtype=dtype or x.dtype, device=x.device)
