@@ -35,6 +35,7 @@ _GPU = "cuda"
 _COMPARED = (bool, int, float, str, type(None))
 _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
+_recording = threading.Lock()
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
 
 
@@ -389,7 +390,8 @@ class StepGraph:
         self._record(model)
 
     def _record(self, model: nn.Module) -> None:
-        with torch.cuda.device(self._tokens.device), overlapping():
+        # One at a time: torch records all graphs on one stream and waits for the whole GPU before.
+        with _recording, torch.cuda.device(self._tokens.device), overlapping():
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):

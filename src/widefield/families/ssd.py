@@ -142,8 +142,7 @@ class SSDMixer(Mixer):
             *(past.state, x, delta, self.A_log, B, C, self.D, self.dt_bias), log_rates=True
         ).flatten(1)
         past.count(1)
-        # With many rows, the gate, the norm and the product want more registers than there are.
-        if y.shape[0] <= ops.FEW_ROWS and gated.groups == 1 and gated.gate_first:
+        if gated.groups == 1 and gated.gate_first:
             return self.added(
                 *(y, hidden_states, dtype),
                 gate=gate,

@@ -7,7 +7,7 @@ from widefield.ops._delta import effective_delta
 from widefield.ops._early import overlapping
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
-from widefield.ops.project import FEW_ROWS, Convolution, project, projects_fast
+from widefield.ops.project import Convolution, project, projects_fast
 from widefield.ops.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from widefield.ops.selective_scan import selective_scan
 from widefield.ops.ssd import ssd
@@ -19,7 +19,6 @@ from widefield.ops.state_update import (
 )
 
 __all__ = [
-    "FEW_ROWS",
     "Convolution",
     "Rows",
     "Survivors",

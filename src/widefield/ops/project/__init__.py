@@ -8,26 +8,24 @@ from torch import Tensor
 
 from widefield.ops._backend import choose
 from widefield.ops.project import reference
-from widefield.ops.project.reference import FEW_ROWS, Convolution
+from widefield.ops.project.reference import Convolution
 
-__all__ = ["FEW_ROWS", "Convolution", "project", "projects_fast"]
+__all__ = ["Convolution", "project", "projects_fast"]
 
-_MOST_ROWS, _MOST_FEATURES = 16, 2048
-_FEATURES_OF_FEW_ROWS = 16384
+_MOST_ROWS = 3  # with more, products of matrices are faster, each a kernel of its own
+_MOST_FEATURES = 16384
 
 
 def projects_fast(weight: Tensor, rows: int, features: int) -> bool:
-    """Whether `project` has a kernel for a batch of inputs; it pays for few rows only.
+    """Whether `project` has a kernel for a batch of inputs; it pays for very few rows only.
 
     Args:
         weight: of the projection, or of any other on the same device in the same dtype.
         rows: of the batch.
         features: of an input.
     """
-    few = rows <= FEW_ROWS and features <= _FEATURES_OF_FEW_ROWS
-    narrow = weight.dtype in (torch.bfloat16, torch.float16)
-    many = narrow and rows <= _MOST_ROWS and features <= _MOST_FEATURES
-    return (few or many) and not torch.is_grad_enabled() and choose(weight) == "cuda"
+    fits = rows <= _MOST_ROWS and features <= _MOST_FEATURES
+    return fits and not torch.is_grad_enabled() and choose(weight) == "cuda"
 
 
 def project(

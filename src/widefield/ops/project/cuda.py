@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._early import early
-from widefield.ops.project.reference import FEW_ROWS, Convolution
+from widefield.ops.project import reference
+from widefield.ops.project.reference import Convolution
 from widefield.ops.state_update._triton import silu
 
-_BLOCK = 16
-_TILE = 8192
+_TILE = 8192  # weights of a program
 _PROGRAMS = 132
 _WARPS = 4
 
@@ -93,69 +93,6 @@ def _project(
         tl.store(y_ptr + at * outputs + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _project_many(
-    x_ptr, weight_ptr, y_ptr, bias_ptr, gate_ptr, norm_ptr, residual_ptr,
-    state_ptr, taps_ptr, shift_ptr,
-    outputs, features, eps, first, channels, x_row, gate_row, residual_row,
-    BIAS: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    TAPS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    # The features are cut into parts, one a warp: a product of matrices for each, and their sum.
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.arange(0, ROWS).to(tl.int64)
-    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    inside, rows, real = n < outputs, m < BATCH, k < features
-    weight = tl.load(
-        weight_ptr + n[None, :, None] * features + k,
-        mask=inside[None, :, None] & real, other=0.0,
-    )  # fmt: skip
-    if NORM:
-        scale = tl.load(norm_ptr + k, mask=real, other=0.0).to(tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    present = rows[None, :, None] & real
-    value = tl.load(x_ptr + m[None, :, None] * x_row + k, mask=present, other=0.0)
-    value = value.to(tl.float32)
-    if GATE:
-        gate = tl.load(gate_ptr + m[None, :, None] * gate_row + k, mask=present, other=0.0)
-        value *= silu(gate.to(tl.float32))
-    if NORM:
-        mean = tl.sum(tl.sum(value * value, axis=2), axis=0) / features
-        value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[None, :, None] * scale
-    parts = tl.dot(value.to(weight.dtype), tl.permute(weight, (0, 2, 1)))
-    y = tl.sum(parts, axis=0)
-    here = rows[:, None] & inside[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if TAPS > 0:
-        c = n - first
-        convolved = here & ((c >= 0) & (c < channels))[None, :]
-        at = (m[:, None] * channels + c[None, :]) * TAPS
-        newest = y.to(state_ptr.dtype.element_ty)
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        if SHIFT:
-            shift = tl.load(shift_ptr + c, mask=(c >= 0) & (c < channels), other=0.0)
-            total += shift.to(tl.float32)[None, :]
-        for j in tl.static_range(TAPS):
-            held = newest
-            if j < TAPS - 1:
-                held = tl.load(state_ptr + at + j + 1, mask=convolved, other=0.0)
-            tap = tl.load(taps_ptr + c * TAPS + j, mask=(c >= 0) & (c < channels), other=0.0)
-            total += tap.to(tl.float32)[None, :] * held.to(tl.float32)
-            # No thread writes what another has yet to read.
-            tl.debug_barrier()
-            tl.store(state_ptr + at + j, held, mask=convolved)
-        y = tl.where(convolved, silu(total), y)
-    if RESIDUAL:
-        added = tl.load(residual_ptr + m[:, None] * residual_row + n[None, :], mask=here, other=0.0)
-        y += added.to(tl.float32)
-    tl.store(y_ptr + m[:, None] * outputs + n[None, :], y.to(y_ptr.dtype.element_ty), mask=here)
-
-
 def project(
     x: Tensor,
     weight: Tensor,
@@ -168,7 +105,17 @@ def project(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A projection of a few rows on a GPU; the same contract as the reference."""
+    """A projection of a few rows on a GPU; a state that is not dense goes through the reference."""
+    if convolution is not None and not convolution.state.is_contiguous():
+        return reference.project(
+            *(x, weight, bias),
+            gate=gate,
+            norm=norm,
+            eps=eps,
+            convolution=convolution,
+            residual=residual,
+            dtype=dtype,
+        )
     batch, features = x.shape
     outputs = weight.shape[0]
     y = torch.empty(batch, outputs, dtype=dtype or x.dtype, device=x.device)
@@ -176,38 +123,20 @@ def project(
     # Absent inputs are passed as x: their flag keeps the kernel from reading them.
     shift, gated, scale, added = (x if t is None else t for t in (bias, gate, norm, residual))
     state, taps, offset, conv = _convolution(convolution, x)
-    kernel, grid, sizes = (_few if batch <= FEW_ROWS else _many)(
-        batch, outputs, features, conv["TAPS"]
-    )
-    with torch.cuda.device_of(x):
-        kernel[grid](
-            x, weight.contiguous(), y, shift, gated, scale, added, state, taps, offset,
-            outputs, features, eps, 0 if convolution is None else convolution.first,
-            state.shape[1], x.stride(0), gated.stride(0), added.stride(0),
-            BIAS=bias is not None, GATE=gate is not None, NORM=norm is not None,
-            RESIDUAL=residual is not None, BATCH=batch, **conv, **sizes, **early(x),
-        )  # fmt: skip
-    return y
-
-
-def _few(batch: int, outputs: int, features: int, taps: int) -> tuple[Any, tuple[int], Any]:
-    """Kernel, grid and sizes where a program takes one row of the batch after the other."""
     padded = triton.next_power_of_2(features)
     block = max(1, _TILE // padded)
     while block > 1 and triton.cdiv(outputs, block) < _PROGRAMS:
         block //= 2
-    sizes = {"BLOCK": block, "FEATURES": padded, "num_warps": _WARPS}
-    sizes["PADDED"] = triton.next_power_of_2(max(1, taps))
-    return _project, (triton.cdiv(outputs, block),), sizes
-
-
-def _many(batch: int, outputs: int, features: int, taps: int) -> tuple[Any, tuple[int], Any]:
-    """The same where it takes them all at once, on tensor cores."""
-    parts = 16 if features > 1024 else 8
-    part = max(16, triton.next_power_of_2(features) // parts)
-    sizes = {"ROWS": max(16, triton.next_power_of_2(batch)), "BLOCK": _BLOCK}
-    sizes |= {"PARTS": parts, "PART": part, "num_warps": parts}
-    return _project_many, (triton.cdiv(outputs, _BLOCK),), sizes
+    with torch.cuda.device_of(x):
+        _project[(triton.cdiv(outputs, block),)](
+            x, weight.contiguous(), y, shift, gated, scale, added, state, taps, offset,
+            outputs, features, eps, 0 if convolution is None else convolution.first,
+            state.shape[1], x.stride(0), gated.stride(0), added.stride(0),
+            BIAS=bias is not None, GATE=gate is not None, NORM=norm is not None,
+            RESIDUAL=residual is not None, BATCH=batch, BLOCK=block, FEATURES=padded,
+            num_warps=_WARPS, **conv, **early(x),
+        )  # fmt: skip
+    return y
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -220,7 +149,9 @@ def _convolution(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """State, filters, bias and the kernel's flags."""
     if convolution is None:
-        return absent, absent, absent, {"TAPS": 0, "SHIFT": False}
+        return absent, absent, absent, {"TAPS": 0, "SHIFT": False, "PADDED": 1}
     shift = absent if convolution.bias is None else convolution.bias
-    flags = {"TAPS": convolution.weight.shape[1], "SHIFT": convolution.bias is not None}
+    taps = convolution.weight.shape[1]
+    flags = {"TAPS": taps, "SHIFT": convolution.bias is not None}
+    flags["PADDED"] = triton.next_power_of_2(taps)
     return convolution.state, convolution.weight.contiguous(), shift, flags

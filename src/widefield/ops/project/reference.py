@@ -11,8 +11,6 @@ from torch import Tensor
 
 from widefield.ops.state_update.reference import causal_conv1d_update
 
-FEW_ROWS = 4  # of a batch, that a kernel takes one after the other
-
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
