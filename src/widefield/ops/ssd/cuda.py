@@ -156,6 +156,10 @@ class _Call:
         return min(64, max(16, _power_of_two(self.x.shape[3])))
 
     @cached_property
+    def states_tile(self) -> int:
+        return max(16, _power_of_two(self.B.shape[3]))
+
+    @cached_property
     def blocks(self) -> int:
         """Programs that share the channels of a head."""
         return _parts(self.x.shape[3], self.width_tile)
@@ -169,13 +173,12 @@ class _Call:
 
     def tiles(self, unit: int) -> dict[str, Any]:
         """What the kernels on tiles of tokens and channels or states are compiled for."""
-        x, states = self.x, self.B.shape[3]
-        most = max(16, _power_of_two(states))
+        x = self.x
         return {
             # The interpreter has no products of bfloat16.
             "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
             "BP": self.width_tile,
-            "BN": most,
+            "BN": self.states_tile,
             "UNIT": unit,
             "PRECISE": _EXACT if x.is_cuda else "ieee",
             **self.common,
@@ -279,8 +282,11 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     several = max(n for n in range(1, 9) if share % n == 0)
     parts = share // several
     dy = dy.contiguous()
-    tiles = call.tiles(1)
-    BP, BN = tiles["BP"], tiles["BN"]
+    # Narrower tiles than the usual ones would be other code, and code that was seen to go astray.
+    BP, BN = (
+        (64, max(128, _power_of_two(states))) if x.is_cuda else (call.width_tile, call.states_tile)
+    )
+    whole = width % BP == 0 and states == BN
     items = batch * cut.slots * groups * parts * blocks
     workers = min(items, 2 * _processors(x.device))
     steps = cut.segment // cut.chunk
@@ -304,8 +310,8 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
             *made, before, behind, call.empty(workers, steps, BP, BN),
             dx, *left, *sums, dD,
             batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, WHOLE=call.whole, STEPS=steps,
-            num_warps=4, num_stages=1, **call.tiles(unit),
+            HAS_D=call.D is not None, WHOLE=whole, STEPS=steps,
+            num_warps=4, num_stages=1, **(call.tiles(unit) | {"BP": BP, "BN": BN}),
         )  # fmt: skip
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
