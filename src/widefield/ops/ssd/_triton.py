@@ -390,7 +390,7 @@ def outputs(
         x, b = _shown(x, ok, VALID, WIDE), _shown(b, ok, VALID, WIDE)
         c = _shown(c, ok, VALID, WIDE)
 
-        # Transposed, tokens that are read by tokens that read: the state is then a left factor.
+        # Rows are tokens that are read, columns tokens that read.
         weight = tl.dot(b, tl.trans(c), input_precision=PRECISE)
         # The product with 0 has the layout of the other products: nothing moves between lanes.
         log = (weight * 0.0 + sums[None, :]) - sums[:, None]
@@ -400,25 +400,24 @@ def outputs(
             log = (log + rests[None, :]) - rests[:, None]
         weight = weight * tl.exp2(log) * delta[:, None]
         weight = tl.where(i[:, None] <= i[None, :], weight, 0.0)
-        y = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=PRECISE)
-        y = y * tl.exp2(sums)[None, :]
-        y = tl.dot(tl.trans(x), weight.to(x.dtype), y, input_precision=PRECISE)
-        turned = tl.trans(x).to(tl.float32)
-        y += turned * skip
+        y = tl.dot(c, tl.trans(state.to(c.dtype)), input_precision=PRECISE)
+        y = y * tl.exp2(sums)[:, None]
+        y = tl.dot(tl.trans(weight.to(x.dtype)), x, y, input_precision=PRECISE)
+        y += x.to(tl.float32) * skip
         if VALID:
-            y = tl.where(ok[None, :], y, 0.0)
+            y = tl.where(ok[:, None], y, 0.0)
         stored = inside[:, None]
         if not WHOLE:
             stored = stored & (p < width)[None, :]
         tl.store(
             yp + far * (heads * width) + (i[:, None] * (heads * width) + p[None, :]),
-            tl.trans(y.to(y_ptr.dtype.element_ty)), mask=stored,
+            y.to(y_ptr.dtype.element_ty), mask=stored,
         )  # fmt: skip
 
         ahead = total - sums
         if EXACT:
             ahead += tl.load(rests_ptr + tokens + end) - rests
-        written = turned * (delta * tl.exp2(ahead))[None, :]
+        written = tl.trans(x).to(tl.float32) * (delta * tl.exp2(ahead))[None, :]
         state = state * tl.exp2(total)
         state = tl.dot(written.to(b.dtype), b, state, input_precision=PRECISE)
 

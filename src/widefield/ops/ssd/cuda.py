@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widefield.ops.ssd import _triton as kernels
+from widefield.ops.ssd import chunked
 from widefield.plan import LayerPlan, SSDInputs
 
 CHUNK = 64
@@ -155,6 +156,10 @@ class _Call:
         return min(64, max(16, _power_of_two(self.x.shape[3])))
 
     @cached_property
+    def states_tile(self) -> int:
+        return max(16, _power_of_two(self.B.shape[3]))
+
+    @cached_property
     def blocks(self) -> int:
         """Programs that share the channels of a head."""
         return _parts(self.x.shape[3], self.width_tile)
@@ -168,13 +173,12 @@ class _Call:
 
     def tiles(self, unit: int) -> dict[str, Any]:
         """What the kernels on tiles of tokens and channels or states are compiled for."""
-        x, states = self.x, self.B.shape[3]
-        most = max(16, _power_of_two(states))
+        x = self.x
         return {
             # The interpreter has no products of bfloat16.
             "WIDE": x.dtype != torch.bfloat16 or not x.is_cuda,
             "BP": self.width_tile,
-            "BN": most,
+            "BN": self.states_tile,
             "UNIT": unit,
             "PRECISE": _EXACT if x.is_cuda else "ieee",
             **self.common,
@@ -278,8 +282,11 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     several = max(n for n in range(1, 9) if share % n == 0)
     parts = share // several
     dy = dy.contiguous()
-    tiles = call.tiles(1)
-    BP, BN = tiles["BP"], tiles["BN"]
+    # Narrower tiles than the usual ones would be other code, and code that was seen to go astray.
+    BP, BN = (
+        (64, max(128, _power_of_two(states))) if x.is_cuda else (call.width_tile, call.states_tile)
+    )
+    whole = width % BP == 0 and states == BN
     items = batch * cut.slots * groups * parts * blocks
     workers = min(items, 2 * _processors(x.device))
     steps = cut.segment // cut.chunk
@@ -303,8 +310,8 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
             *made, before, behind, call.empty(workers, steps, BP, BN),
             dx, *left, *sums, dD,
             batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, WHOLE=call.whole, STEPS=steps,
-            num_warps=4, num_stages=1, **call.tiles(unit),
+            HAS_D=call.D is not None, WHOLE=whole, STEPS=steps,
+            num_warps=4, num_stages=1, **(call.tiles(unit) | {"BP": BP, "BN": BN}),
         )  # fmt: skip
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
@@ -366,6 +373,12 @@ class _SSD(torch.autograd.Function):
         return (*gradients, None, None)
 
 
+def _trains(inputs: SSDInputs) -> bool:
+    """Whether the gradients of such a shape have been seen to be right on a GPU."""
+    width, states = inputs.x.shape[3], inputs.B.shape[3]
+    return not inputs.x.is_cuda or (width, states) == (64, 128)
+
+
 def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
     """The scan of Mamba-2 with the signature and the semantics of the reference, differentiable.
 
@@ -382,7 +395,7 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
         inputs.initial_state,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        return _SSD.apply(*leaves, inputs, plan)
+        return _SSD.apply(*leaves, inputs, plan) if _trains(inputs) else chunked.ssd(inputs, plan)
     return _forward(_Call.of(inputs, plan))
 
 
