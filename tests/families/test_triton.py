@@ -46,13 +46,15 @@ def add_one_in_place(module: nn.Module, args: Any, output: Tensor) -> None:
 
 @on_triton
 @pytest.mark.parametrize("name", KINDS)
-def test_logits_equal_stock_with_and_without_padding(name: str, ids: Tensor) -> None:
-    stock, ours = pair(name)
+def test_logits_equal_plain_torch_with_and_without_padding(name: str, ids: Tensor) -> None:
+    _, ours = pair(name)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    assert relative(ours(ids).logits, stock(ids).logits) < 1e-5
-    found = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (ours, stock)]
-    assert relative(*found) < 1e-5
+    with use_backend("reference"):  # where mamba_ssm is installed, stock is no measure
+        plain = ours(ids).logits
+        padded = ours(ids, attention_mask=mask).logits[mask.bool()]
+    assert relative(ours(ids).logits, plain) < 1e-5
+    assert relative(ours(ids, attention_mask=mask).logits[mask.bool()], padded) < 1e-5
 
 
 @on_triton

@@ -160,7 +160,7 @@ def test_triton_scores_as_accurately_as_the_reference(
     inputs = inputs.replace(valid=valid)
     exact = reference.token_score(in_float64(inputs, None)[0], pool)
     there, pool = moved(inputs), pool.to(DEVICE)
-    allowed = 2 * error(reference.token_score(there, pool), exact) + 1e-7
+    allowed = 2 * error(reference.token_score(there, pool), exact) + 3e-7
     ours = cuda.token_score(there, pool)
     assert error(ours, exact) <= allowed
     assert (ours[1, :20] == 0).all()

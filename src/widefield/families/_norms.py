@@ -75,7 +75,8 @@ class GatedNorm(nn.Module):
         """The gated and normed input."""
         if gate is None or not ops.runs_kernels(hidden_states, gate, self.weight):
             plain: Any = super().forward
-            return plain(hidden_states, gate)
+            # That of FalconH1 in older versions of transformers drops a length of one.
+            return plain(hidden_states, gate).reshape(hidden_states.shape)
         return ops.gated_rms_norm(
             hidden_states,
             gate,

@@ -83,7 +83,7 @@ def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
         return "cuda" if forced in ("triton", "nvrtc") else forced
     present = [t for t in tensors if t is not None]
     device = present[0].device.type
-    if any(t.dtype == torch.float64 for t in present):
+    if torch.float64 in [t.dtype for t in present]:
         return "reference"
     if device == "cuda" and _has("triton"):
         return "cuda"

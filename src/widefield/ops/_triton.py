@@ -1,4 +1,8 @@
-"""What Triton kernels share: a softplus that is exact to float32's last places."""
+"""What Triton kernels share: a softplus exact to float32's last places, numbers of a launch.
+
+`triton.cdiv` and `triton.next_power_of_2` are made for kernels; called from Python they take longer
+than many a launch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,16 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
+
+
+def blocks(length: int, size: int) -> int:
+    """How many blocks of a size cover a length."""
+    return -(-length // size)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least as large."""
+    return 1 << (number - 1).bit_length()
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from widefield.ops._triton import blocks, power_of_two
 from widefield.ops.causal_conv1d import reference
 
 _TIME = 64
@@ -233,7 +234,7 @@ class _Call:
         cu_seqlens: Tensor | None,
     ) -> None:  # fmt: skip
         batch, length, channels = x.shape
-        self.grid = (triton.cdiv(length, _TIME), triton.cdiv(channels, _BLOCK), batch)
+        self.grid = (blocks(length, _TIME), blocks(channels, _BLOCK), batch)
         # Absent inputs are passed as x: their flag keeps the kernels from reading them.
         self.bias, self.state = (x if t is None else t for t in (bias, state))
         self.packing = (x, x)
@@ -251,8 +252,8 @@ class _Call:
         batch, length, channels = x.shape
         y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
         last = torch.empty(batch, channels, weight.shape[1], dtype=x.dtype, device=x.device)
-        width = min(_WIDTH, triton.next_power_of_2(channels))
-        grid = (triton.cdiv(length, _SEGMENT), triton.cdiv(channels, width), batch)
+        width = min(_WIDTH, power_of_two(channels))
+        grid = (blocks(length, _SEGMENT), blocks(channels, width), batch)
         with torch.cuda.device_of(x):
             _forward[grid](
                 x, weight, self.bias, self.state, *self.packing, y, last, *self.common,

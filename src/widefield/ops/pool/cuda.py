@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from widefield.ops._triton import softplus
+from widefield.ops._triton import blocks, power_of_two, softplus
 from widefield.plan import Pool, ScanInputs, SSDInputs
 
 _NUMBERS = 2048  # that a program holds at a time
@@ -70,19 +70,19 @@ def token_score(inputs: ScanInputs | SSDInputs, pool: Pool) -> Tensor:
     score = torch.empty(batch, length, dtype=torch.float32, device=delta.device)
     if not score.numel():
         return score
-    block = min(_WIDEST, triton.next_power_of_2(channels))
+    block = min(_WIDEST, power_of_two(channels))
     rows = _NUMBERS // block
     # Absent inputs are passed as Δ: their flag keeps the kernel from reading them.
     small = (inputs.delta_bias, pool.clamp, pool.weight)
     bias, clamp, weight = (delta if t is None else t.contiguous() for t in small)
     valid = delta if inputs.valid is None else inputs.valid
     with torch.cuda.device_of(delta):
-        _score[(triton.cdiv(batch * length, rows),)](
+        _score[(blocks(batch * length, rows),)](
             delta, bias, clamp, weight, valid, score,
             batch * length, length, channels, *limit, *delta.stride()[:2], *valid.stride()[:2],
             HAS_BIAS=inputs.delta_bias is not None, SOFTPLUS=inputs.delta_softplus,
             LIMIT=limit != (0.0, math.inf), CLAMP=pool.clamp is not None,
             WEIGHT=pool.weight is not None, VALID=inputs.valid is not None,
-            ROWS=rows, BLOCK=block, BLOCKS=triton.cdiv(channels, block),
+            ROWS=rows, BLOCK=block, BLOCKS=blocks(channels, block),
         )  # fmt: skip
     return score

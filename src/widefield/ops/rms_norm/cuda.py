@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from widefield.ops._triton import blocks, power_of_two
 
 _NUMBERS = 4096  # that a program has in registers at least
 _WIDEST = 1024  # of a piece of a row
@@ -129,18 +132,25 @@ class _Call:
         added = x if self.added is None else self.added
         rows = y.numel() // y.shape[-1] * self.groups
         width = y.shape[-1] // self.groups
-        block, pieces = _pieces(width)
-        many = _power_of_two(_NUMBERS // (block * pieces), 1, _NUMBERS)
+        block, pieces, many, warps = _layout(width)
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(rows, many),)](
+            _forward[(blocks(rows, many),)](
                 x, other, weight, added, y, rows, x.shape[1], self.groups, self.eps,
                 x.stride(0), x.stride(1), other.stride(0), other.stride(1),
                 ADD=self.added is not None, WEIGHT=self.weight is not None,
                 GATE=self.other is not None and self.added is None, GATE_FIRST=self.gate_first,
                 WIDTH=width, PIECES=pieces, BLOCK=block, ROWS=many,
-                num_warps=_power_of_two(block * pieces // 1024, 4, 16),
+                num_warps=warps,
             )  # fmt: skip
         return y
+
+
+@functools.cache
+def _layout(width: int) -> tuple[int, int, int, int]:
+    """Block and pieces of a row, rows and warps of a program."""
+    block, pieces = _pieces(width)
+    rows = _floor_to_power(_NUMBERS // (block * pieces), 1, _NUMBERS)
+    return block, pieces, rows, _floor_to_power(block * pieces // 1024, 4, 16)
 
 
 def _pieces(width: int) -> tuple[int, int]:
@@ -148,10 +158,10 @@ def _pieces(width: int) -> tuple[int, int]:
     block = min(width & -width, _WIDEST)
     if width // block <= _PIECES:
         return block, width // block
-    return triton.next_power_of_2(width), 1
+    return power_of_two(width), 1
 
 
-def _power_of_two(number: int, least: int, most: int) -> int:
+def _floor_to_power(number: int, least: int, most: int) -> int:
     """The largest that is no larger, between two others."""
     return min(most, max(least, 1 << max(0, number.bit_length() - 1)))
 
