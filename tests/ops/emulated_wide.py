@@ -15,7 +15,6 @@ from widefield.ops import _nvrtc
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "multiply_add",
     "prefetch",
     "copy_begin",
     "copies_end",
@@ -24,25 +23,6 @@ _EMULATED = """
 static void prefetch(const void*) {}
 static void copy_begin(float* to, const float* from) { *to = *from; }
 static void copies_end() {}
-static void everyones(float (&of)[32], float mine) {
-    Warp& warp = warps[current / 32];
-    std::memcpy(&warp.values[current % 32], &mine, 4);
-    __syncwarp();
-    std::memcpy(of, warp.values, sizeof of);
-    __syncwarp();
-}
-static float cut(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-static void multiply_add(float (&d)[4], const float* a, float b0, float b1) {
-    float A[4][32], B[2][32];
-    for (int i = 0; i < 4; i++) everyones(A[i], cut(a[i]));
-    everyones(B[0], cut(b0)), everyones(B[1], cut(b1));
-    unsigned lane = current % 32;
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 8; k++) {
-            unsigned column = lane % 4 * 2 + i % 2;
-            d[i] += A[k / 4 * 2 + i / 2][lane / 4 * 4 + k % 4] * B[k / 4][column * 4 + k % 4];
-        }
-}
 static unsigned pack_bfloat16(float low, float high) {
     return rounded(low, true) | rounded(high, true) << 16;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,16 @@ class TestAnywhere:
         for name in ("dC", "dz", "dinitial_state"):
             assert bool((found[name] != 0).any()), name
 
+    @pytest.mark.parametrize("above", [-1e-6, 1e-6])
+    def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
+        inputs = moved(scan_inputs(1, 40, 32), DEVICE)
+        every = torch.arange(32, device=DEVICE)
+        floor = reference.effective_delta(inputs)[0, every, every] * (1 + above)
+        plan = LayerPlan(delta_floor=floor)
+        frozen = reference.effective_delta(inputs, plan)[0, every, every] == 0
+        assert bool((frozen == (above > 0)).all())
+        check(inputs, plan, layouts_here())
+
     def test_nan_in_a_step_shows(self) -> None:
         inputs = moved(scan_inputs(1, 40, 32), DEVICE)
         inputs.delta[0, 10, 5] = torch.nan
@@ -353,7 +364,9 @@ class TestOnGpu:
         leaf = inputs.x.detach().requires_grad_()
         weight = torch.ones_like(leaf)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         try:
             y, _ = cuda.selective_scan(inputs.replace(x=leaf))
             y.backward(weight)

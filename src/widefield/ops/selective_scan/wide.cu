@@ -283,22 +283,46 @@ struct Lane {
     __device__ __forceinline__ bool open(i64 token, int t, int rows) const {
         return (FULL || t < rows) && (!VALID || valid[(token + t) * valid_step]);
     }
-    __device__ __forceinline__ bool frozen(float v, float step, int c) const {
-        if (!FLOOR) return false;
-        if (fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]))
-            return below_floor(v, scale[c], floor[c], SOFTPLUS, SCALE);
-        return step < floor[c];
-    }
-    __device__ __forceinline__ float step_of(float v, int c) const {
+    // Δ, 0 where it is frozen; `near` if it is so close to its floor that `settle` must decide.
+    __device__ __forceinline__ float step_of(float v, int c, bool& near) const {
         float step = SOFTPLUS ? softplus(v) : v;
         if (SCALE) step *= scale[c];
-        return frozen(v, step, c) ? 0.0f : step;
+        if (!FLOOR) return step;
+        near |= fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]);
+        return step < floor[c] ? 0.0f : step;
     }
-    // Δ and x of a token; both 0 for padding, which can hold anything.
-    __device__ __forceinline__ void make(float& step, float& value, const Raw<DELTA_KIND>& raw,
-                                         const Raw<X_KIND>& number, int c, bool is_open) const {
-        step = is_open ? step_of(raw.at(c) + bias[c], c) : 0.0f;
-        value = VALID && !is_open ? 0.0f : number.at(c);
+    // Δ and x of a tile; both 0 for padding, which can hold anything.
+    template <bool FULL>
+    __device__ __forceinline__ void make(float (&step)[PER_LANE][TILE],
+                                         float (&value)[PER_LANE][TILE],
+                                         const Raw<DELTA_KIND> (&raw)[TILE],
+                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows) const {
+        bool near = false;
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            bool is_open = open<FULL>(token, t, rows);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k, near) : 0.0f;
+                value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
+            }
+        }
+        if (FLOOR && near) decide<FULL>(step, raw, token, rows);
+    }
+    // Freeze what torch would freeze.
+    template <bool FULL>
+    __device__ __forceinline__ void decide(float (&step)[PER_LANE][TILE],
+                                           const Raw<DELTA_KIND> (&raw)[TILE], i64 token,
+                                           int rows) const {
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                if (!open<FULL>(token, t, rows)) continue;
+                float v = raw[t].at(k) + bias[k], exact = SOFTPLUS ? softplus(v) : v;
+                if (SCALE) exact *= scale[k];
+                step[k][t] = below_floor(v, scale[k], floor[k], SOFTPLUS, SCALE) ? 0.0f : exact;
+            }
     }
 };
 
@@ -414,17 +438,14 @@ struct Forward {
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE], sum[PER_LANE][TILE];
+        at.template make<FULL>(step, written, delta, x, token, rows);
 #pragma unroll
-        for (int t = 0; t < TILE; t++) {
-            bool open = at.template open<FULL>(token, t, rows);
+        for (int t = 0; t < TILE; t++)
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
-                float value;
-                at.make(step[k][t], value, delta[t], x[t], k, open);
-                written[k][t] = step[k][t] * value;
-                sum[k][t] = at.skip[k] * value;
+                sum[k][t] = at.skip[k] * written[k][t];
+                written[k][t] *= step[k][t];
             }
-        }
         __syncwarp();
         advance(step, written, sum);
         char* to = y + token * CHANNELS * BYTES<X_KIND>;
@@ -480,80 +501,17 @@ __device__ __forceinline__ void exchange(float (&v)[COUNT], int lane, int bit) {
     }
 }
 
-__device__ __forceinline__ float with_other(float v, int bit) {
-    return v + __shfl_xor_sync(~0u, v, bit);
+// Adds up each of TILE numbers over the lanes of a warp; a lane is left with the sum of one token.
+__device__ __forceinline__ float sum_over_lanes(float (&v)[TILE], int lane) {
+    if (TILE >= 16) exchange<TILE / 2>(v, lane, 8);
+    if (TILE >= 8) exchange<TILE >= 16 ? 4 : TILE / 2>(v, lane, 4);
+    exchange<2>(v, lane, 2);
+    exchange<1>(v, lane, 1);
+    float sum = v[0];
+#pragma unroll
+    for (int bit = TILE; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+    return sum;
 }
-
-// d += a · b, 16 × 8 × 8; a and b are cut to 11 significant bits.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const float* a, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
-        " {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
-// The sums over a warp's channels of one state in a tile: the gradients of C, then those of B.
-// Where those are bfloat16 anyhow, tensor cores add up fours of lanes: the numbers of four tokens
-// are a matrix, the other one has ones in two columns and chooses where the sums go.
-constexpr bool ROUGH = B_KIND == 1 && C_KIND == 1;
-
-struct OverChannels {
-    static constexpr int COUNT = 2 * TILE;
-    static constexpr int PARTS = (COUNT + 15) / 16;
-    float exact[2], rough[PARTS][4];
-
-    __device__ __forceinline__ OverChannels() {
-#pragma unroll
-        for (int i = 0; i < PARTS * 4; i++) rough[i / 4][i % 4] = 0.0f;
-    }
-    __device__ __forceinline__ void add(int which, float (&v)[TILE], int lane) {
-        if (ROUGH) {
-#pragma unroll
-            for (int i = 0; i < TILE / 4; i++) {
-                int quad = which * TILE / 4 + i, column = lane / 4;
-                multiply_add(rough[quad / 4], v + 4 * i, column == quad % 4 * 2 ? 1.0f : 0.0f,
-                             column == quad % 4 * 2 + 1 ? 1.0f : 0.0f);
-            }
-            return;
-        }
-        if (TILE >= 16) exchange<TILE / 2>(v, lane, 8);
-        if (TILE >= 8) exchange<TILE >= 16 ? 4 : TILE / 2>(v, lane, 4);
-        exchange<2>(v, lane, 2);
-        exchange<1>(v, lane, 1);
-        float sum = v[0];
-#pragma unroll
-        for (int bit = TILE; bit < 32; bit *= 2) sum = with_other(sum, bit);
-        exact[which] = sum;
-    }
-    // The rows of `to` are tokens, first those of the gradients of B.
-    __device__ __forceinline__ void store(float* to, int lane) {
-        if (ROUGH) {
-#pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                float(&v)[4] = rough[part];
-                exchange<2>(v, lane, 4);
-                exchange<1>(v, lane, 8);
-                float sum = with_other(v[0], 16);
-                int item = part * 16 + token_of(lane);
-                bool of_C = item < TILE;
-                if (lane < 16 && item < COUNT)
-                    to[(of_C ? item + TILE : item - TILE) * STATES] = sum;
-            }
-            return;
-        }
-        if (lane < TILE) {
-            to[token_of(lane) * STATES] = exact[1];
-            to[(token_of(lane) + TILE) * STATES] = exact[0];
-        }
-    }
-    // Whose sum a lane is left with.
-    __device__ __forceinline__ static int token_of(int lane) {
-        if (ROUGH) return lane % 4 * 4 + (lane & 4 ? 1 : 0) + (lane & 8 ? 2 : 0);
-        int low = (lane & 2 ? 2 : 0) + (lane & 1);
-        return low + (TILE >= 8 && lane & 4 ? 4 : 0) + (TILE >= 16 && lane & 8 ? 8 : 0);
-    }
-};
 
 struct Backward {
     const Parameters& p;
@@ -629,16 +587,11 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE];
+        at.template make<FULL>(step, written, delta, x, token, rows);
 #pragma unroll
-        for (int t = 0; t < TILE; t++) {
-            bool open = at.template open<FULL>(token, t, rows);
+        for (int t = 0; t < TILE; t++)
 #pragma unroll
-            for (int k = 0; k < PER_LANE; k++) {
-                float value;
-                at.make(step[k][t], value, delta[t], x[t], k, open);
-                written[k][t] = step[k][t] * value;
-            }
-        }
+            for (int k = 0; k < PER_LANE; k++) written[k][t] *= step[k][t];
         __syncwarp();
         const float* from = before + tile * COLUMNS;
 #pragma unroll 1
@@ -677,14 +630,13 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
+        at.template make<FULL>(of.step, of.written, delta, x, token, rows);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             bool open = at.template open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
-                float value;
-                at.make(of.step[k][t], value, delta[t], x[t], k, open);
-                of.written[k][t] = of.step[k][t] * value;
+                of.written[k][t] *= of.step[k][t];
                 float slope = given[t].at(k);
                 if (HAS_Z) slope *= z[t].at(k) * sigmoid(z[t].at(k));
                 of.dy[k][t] = VALID && !open ? 0.0f : slope;
@@ -712,8 +664,7 @@ struct Backward {
                 of.y[k][t] = fmaf(c[t], now[k], of.y[k][t]);
                 part[t] = k ? fmaf(of.dy[k][t], now[k], part[t]) : of.dy[k][t] * now[k];
             }
-        OverChannels over;
-        over.add(0, part, at.lane);
+        float dC = sum_over_lanes(part, at.lane);
         float grad[PER_LANE], rate_grad[PER_LANE];
         read_column(grad, G + n * SPAN);
 #pragma unroll
@@ -736,8 +687,9 @@ struct Backward {
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) rate_grad[k] += before_now[k];
         write_column(dA + n * SPAN, rate_grad);
-        over.add(1, part, at.lane);
-        over.store(sums + set * WARPS * SUMS + n, at.lane);
+        float dB = sum_over_lanes(part, at.lane);
+        float* to = sums + set * WARPS * SUMS + at.lane * STATES + n;
+        if (at.lane < TILE) to[0] = dB, to[SQUARE] = dC;
     }
 
     template <bool FULL>
@@ -764,11 +716,8 @@ struct Backward {
                 float raw = delta[t].at(k) + at.bias[k];
                 float slope = SOFTPLUS ? sigmoid(raw) : 1.0f;
                 if (SCALE) slope *= at.scale[k];
-                bool stopped = !open;
-                if (FLOOR) {
-                    float step = SOFTPLUS ? softplus(raw) : raw;
-                    stopped = stopped || at.frozen(raw, SCALE ? step * at.scale[k] : step, k);
-                }
+                // Only what is frozen is 0 where the floor is not.
+                bool stopped = !open || (FLOOR && of.step[k][t] == 0.0f && at.floor[k] > 0.0f);
                 dx[k] = fmaf(of.step[k][t], of.into[k][t], at.skip[k] * of.dy[k][t]);
                 ddelta[k] = fmaf(of.through[k][t], LN2, of.into[k][t] * value) * slope;
                 if (stopped) ddelta[k] = 0.0f;
