@@ -146,6 +146,7 @@ def test_info_of_a_bundled_model(wf: CommandLine) -> None:
     shown = wf("info", "bundled:base").out
     for words in ("MambaForCausalLM", "256 tokens", "no method", "slowest state", "ByT5Tokenizer"):
         assert words in shown
+    assert facts["kernels"] in shown and "numba" in facts["kernels"]
 
 
 def test_info_names_what_was_saved_with_the_model(wf: CommandLine, bundled: Path) -> None:

@@ -16,8 +16,14 @@ _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
     "multiply_add",
+    "prefetch",
+    "copy_begin",
+    "copies_end",
 )  # fmt: skip
 _EMULATED = """
+static void prefetch(const void*) {}
+static void copy_begin(float* to, const float* from) { *to = *from; }
+static void copies_end() {}
 static void everyones(float (&of)[32], float mine) {
     Warp& warp = warps[current / 32];
     std::memcpy(&warp.values[current % 32], &mine, 4);

@@ -290,9 +290,7 @@ class TestOnGpu:
         assert _error(state, expected[1].double()) < 1e-5
         assert not y.isnan().any()
 
-    def test_gradients_and_triton_are_not_its_business(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_few_rows_without_gradients_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from widefield.ops.selective_scan import cuda
 
         calls = []

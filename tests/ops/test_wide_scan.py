@@ -211,6 +211,11 @@ class TestAnywhere:
         inputs, plan = everything(scan_inputs(2, 50, 72))
         check(moved(inputs, DEVICE), plan.to(DEVICE), (layout, layout))
 
+    def test_more_chunks_than_are_summed_up_in_one_go(self) -> None:
+        short = wide.Layout(per_lane=1, tile=4, chunk=4, warps=1, blocks=1)
+        inputs, plan = usual(scan_inputs(1, 4 * 130 + 1, 32, 2))
+        check(moved(inputs, DEVICE), plan, (short, short))
+
     @pytest.mark.parametrize("states", [1, 8, 20])
     def test_any_number_of_states(self, states: int) -> None:
         inputs, plan = everything(scan_inputs(2, 30, 33, states))
@@ -229,6 +234,8 @@ class TestAnywhere:
             found = results(wide.selective_scan, inputs, LayerPlan(delta_floor=floor))
         for name in ("dx", "ddelta", "dB", "dA", "ddelta_bias"):
             assert torch.equal(found[name], torch.zeros_like(found[name])), name
+        assert inputs.initial_state is not None
+        assert torch.equal(found["state"], inputs.initial_state)
         for name in ("dC", "dz", "dinitial_state"):
             assert bool((found[name] != 0).any()), name
 
@@ -398,6 +405,21 @@ def in_pieces(inputs: ScanInputs, size: int = 512) -> dict[str, Tensor]:
     summed = {f"d{n}": torch.stack(found[n]).sum(0) for n in ("A", "D", "delta_bias")}
     first = {"dinitial_state": found["initial_state"][0]}
     return {"y": torch.cat(outputs, dim=1), "state": states[-1], **joined, **summed, **first}
+
+
+def test_long_sequences_save_half_as_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "_shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(wide, "_SAVED", 1 << 20)
+    wide._layouts.cache_clear()
+    few, many = (wide._layouts_of(scan_inputs(1, length, 64)) for length in (16, 8192))
+    assert [layout.chunk for layout in (*few, *many)] == [16, 16, 32, 32]
+
+
+def test_many_channels_are_two_a_lane_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "_shared_memory", lambda device: 232_448)
+    wide._layouts.cache_clear()
+    few, many = (wide._layouts_of(scan_inputs(rows, 2, 2048)) for rows in (1, 32))
+    assert [layout.per_lane for layout in (*few, *many)] == [1, 1, 2, 1]
 
 
 def test_a_cpu_tensor_is_not_supported() -> None:

@@ -13,6 +13,7 @@ from widefield.cli._models import Source
 from widefield.errors import WidefieldError
 from widefield.families import describe
 from widefield.methods import LongMamba, Method
+from widefield.ops._backend import kernels_on
 from widefield.plan import ModelLayout
 
 __all__ = ["describe_source", "show"]
@@ -28,6 +29,7 @@ def describe_source(source: Source) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": None if source.tokenizer is None else type(source.tokenizer).__name__,
+        "kernels": kernels_on(model.device),
         "supported": True,
         "reason": None,
     }
@@ -97,6 +99,7 @@ def _lines(facts: dict[str, Any]) -> dict[str, str]:
         "class": facts["class"],
         "parameters": f"{facts['parameters']:,} ({facts['dtype']})",
         "tokenizer": facts["tokenizer"] or "none beside the weights",
+        "kernels": facts["kernels"],
     }
     if not facts["supported"]:
         return {**lines, "supported": f"no: {facts['reason']}"}

@@ -51,6 +51,19 @@ def wants_cuda_cpp() -> bool:
     return _forced.get() != "triton"
 
 
+def kernels_on(device: torch.device) -> str:
+    """Which kernels the ops have for a device, in words."""
+    if device.type == "cpu":
+        return "numba" if _has("numba") else "none, plain torch: numba is not installed"
+    if device.type != "cuda" or not _has("triton"):
+        return "none, plain torch" + (": Triton is not installed" if device.type == "cuda" else "")
+    from widefield.ops import _nvrtc
+
+    if _nvrtc.available(device.index or 0):
+        return "CUDA C++ and Triton"
+    return "Triton; those in CUDA C++ need cuda-bindings and an NVRTC for this GPU"
+
+
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
     """The implementation for these inputs: kernels where they exist, else the reference."""
     forced = _forced.get()

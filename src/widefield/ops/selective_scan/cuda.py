@@ -25,7 +25,6 @@ from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
-_MANY = 12_000  # channels of all rows together
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -490,17 +489,22 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
-    if torch.compiler.is_compiling() or not wants_cuda_cpp():
+    if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
-    few = not _wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
+    few = not wide.wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
     if few and native.supports(inputs):
         return native
     return wide if wide.supports(inputs) else None
 
 
 def _are_many(inputs: ScanInputs) -> bool:
-    """Whether the rows are enough for a lane a channel; measured, see benchmarks/LOG.md."""
-    return inputs.x.shape[0] * inputs.x.shape[2] >= _MANY
+    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel.
+
+    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
+    """
+    rows, channels = wide.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
+    chip = torch.cuda.get_device_properties(inputs.x.device)
+    return rows * channels >= 4 * 32 * chip.multi_processor_count
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
@@ -510,11 +514,3 @@ def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Ten
         inputs.delta_bias, inputs.initial_state, inputs.delta_softplus, inputs.valid,
         inputs.cu_seqlens, plan,
     )  # fmt: skip
-
-
-def _wants_gradients(inputs: ScanInputs) -> bool:
-    tensors = (
-        inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
-        inputs.delta_bias, inputs.initial_state,
-    )  # fmt: skip
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -55,6 +55,22 @@ struct Parameters {
     int floor_row, scale_row, decay_row;
 };
 
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Copies to shared memory that go on in the background, until the thread waits for all of its own.
+__device__ __forceinline__ void copy_begin(float* to, const float* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                     static_cast<u32>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_end() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // Which tokens a row has, among those of the tensors.
 struct Row {
     i64 row, batch, first, length, chunk;
@@ -130,6 +146,18 @@ __device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int 
     }
 }
 
+// Into the level-2 cache, sector by sector, the lanes by turns.
+template <int TOKENS, int SECTORS>
+__device__ __forceinline__ void ask_for(const char* from, i64 step, i64 tokens, int lane, int numbers,
+                                        int per_sector) {
+#pragma unroll
+    for (int i = 0; i < TOKENS * SECTORS; i += 32) {
+        int t = (i + lane) / SECTORS, sector = (i + lane) % SECTORS;
+        if (t < TOKENS && t < tokens && (EVEN || sector * per_sector < numbers))
+            prefetch(from + t * step + sector * 32);
+    }
+}
+
 // Where a lane's numbers of a tensor lie.
 template <int KIND, i64 TOKEN>
 struct Stream {
@@ -138,6 +166,14 @@ struct Stream {
 
     __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first, int channel) {
         from = static_cast<const char*>(base) + (row_at + first * TOKEN + channel) * BYTES<KIND>;
+    }
+    // Ask for TOKENS of the warp's rows, as far as they lie before `end`.
+    template <int TOKENS>
+    __device__ __forceinline__ void ask(i64 token, i64 end, int lane, int channel) const {
+        constexpr int PER_SECTOR = 32 / BYTES<KIND>;
+        ask_for<TOKENS, SPAN / PER_SECTOR>(from - lane * PER_LANE * BYTES<KIND> + token * STEP, STEP,
+                                           end - token, lane,
+                                           CHANNELS - channel + lane * PER_LANE, PER_SECTOR);
     }
     template <bool FULL>
     __device__ __forceinline__ void load(Raw<KIND> (&to)[TILE], i64 token, int rows,
@@ -182,6 +218,12 @@ struct Projection {
 
     __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first) {
         from = static_cast<const char*>(base) + (row_at + first * TOKEN) * BYTES<KIND>;
+    }
+    template <int TOKENS>
+    __device__ __forceinline__ void ask(i64 token, i64 end, int lane) const {
+        constexpr int SECTORS = (STATES * BYTES<KIND> + 31) / 32;
+        ask_for<TOKENS, SECTORS>(from + token * STEP, STEP, end - token, lane, STATES,
+                                 32 / BYTES<KIND>);
     }
     template <bool FULL>
     __device__ __forceinline__ void load(i64 token, int rows, int lane) {
@@ -260,25 +302,11 @@ struct Lane {
     }
 };
 
-#ifndef WAY
-#define WAY 0
-#endif
+// The GPU's exp2 of numbers up to 0 is too small, by 6e-9 close to 0 and by 2e-8 further off, and
+// the products along a sequence add that up. What is added here makes good for most of it; exp2 of it
+// alone is still 1.
 __device__ __forceinline__ float decay_of(float step, float rate) {
-    float p = step * rate;
-    if (WAY == 0) return exp2_fast(p);
-    if (WAY == 1) {
-        float rest = fmaf(step, rate, -p), power = exp2_fast(p);
-        return fmaf(power, rest * LN2, power);
-    }
-    p = fmaxf(p, -126.0f);
-    float magic = p + 12582912.0f, f = p - (magic - 12582912.0f);
-    float r = fmaf(f, 0.00015326471475418657f, 0.0013390806270763278f);
-    r = fmaf(f, r, 0.009618505835533142f);
-    r = fmaf(f, r, 0.05550359934568405f);
-    r = fmaf(f, r, 0.24022647738456726f);
-    r = fmaf(f, r, 0.6931471824645996f);
-    r = fmaf(f, r, 1.0f);
-    return __uint_as_float(__float_as_uint(r) + (__float_as_uint(magic) << 23));
+    return exp2_fast(fmaf(step, rate, 1.4e-8f));
 }
 
 // The rates of a lane's channels, for exp2, into its columns.
@@ -353,7 +381,7 @@ struct Forward {
     __device__ __forceinline__ void advance(const float (&step)[PER_LANE][TILE],
                                             const float (&written)[PER_LANE][TILE],
                                             float (&sum)[PER_LANE][TILE]) {
-#pragma unroll 1
+#pragma unroll 2
         for (int n = 0; n < STATES; n++) {
             float rate[PER_LANE], state[PER_LANE], b[TILE], c[TILE];
             read_column(rate, A + n * SPAN);
@@ -468,9 +496,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const float* a, floa
 // The sums over a warp's channels of one state in a tile: the gradients of C, then those of B.
 // Where those are bfloat16 anyhow, tensor cores add up fours of lanes: the numbers of four tokens
 // are a matrix, the other one has ones in two columns and chooses where the sums go.
-#ifndef ROUGH
-#define ROUGH (B_KIND == 1 && C_KIND == 1)
-#endif
+constexpr bool ROUGH = B_KIND == 1 && C_KIND == 1;
+
 struct OverChannels {
     static constexpr int COUNT = 2 * TILE;
     static constexpr int PARTS = (COUNT + 15) / 16;
@@ -561,18 +588,33 @@ struct Backward {
         place_rates(A, p, at, row);
         columns_from(G, p.dfinal, at, row.row);
         columns_from(dA, nullptr, at, row.row);
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
+        columns_from(before, nullptr, at, row.row);
+        forget_sums();
     }
 
+    // Begin to copy the states before a chunk; `before` must be of no more use to the last one.
     __device__ __forceinline__ void restore(int chunk) {
         const float* from = p.saved + (row.chunk + chunk) * STATES * CHANNELS + at.channel;
 #pragma unroll 8
         for (int n = 0; n < STATES; n++)
 #pragma unroll
             for (int c = 0; c < PER_LANE; c++)
-                before[n * SPAN + c] =
-                    c < at.count ? from[static_cast<i64>(n) * CHANNELS + c] : 0.0f;
+                if (c < at.count) copy_begin(before + n * SPAN + c, from + n * CHANNELS + c);
+    }
+
+    // Everything that the chunk before this one is made of.
+    __device__ __forceinline__ void ask_ahead(int chunk) const {
+        i64 token = static_cast<i64>(chunk) * CHUNK;
+        at.delta.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        at.x.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        if (HAS_Z) at.z.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        dy.template ask<CHUNK>(token, row.length, at.lane, at.channel);
+        B_from.template ask<CHUNK>(token, row.length, at.lane);
+        C_from.template ask<CHUNK>(token, row.length, at.lane);
+        int first = at.channel - at.lane * PER_LANE;
+        const float* saved = p.saved + (row.chunk + chunk) * STATES * CHANNELS + first;
+        ask_for<STATES, SPAN / 8>(reinterpret_cast<const char*>(saved), CHANNELS * 4, STATES, at.lane,
+                                  CHANNELS - first, 8);
     }
 
     // The states before the tile behind this one.
@@ -771,46 +813,67 @@ struct Backward {
     }
 
     template <bool FULL>
-    __device__ __forceinline__ void tile(i64 token, int rows, const float* from) {
+    __device__ __forceinline__ void tile(i64 token, int rows, const float* from, int next) {
         Tile of;
         read<FULL>(of, token, rows);
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
+        if (next >= 0) restore(next);
         write<FULL>(of, token, rows);
         flush<FULL>(token, rows);
     }
 
     __device__ __forceinline__ void run() {
+        int chunks = row.chunks();
+        if (chunks == 0) settle(true);
+        if (chunks > 0) restore(chunks - 1);
 #pragma unroll 1
-        for (int chunk = row.chunks() - 1; chunk >= 0; chunk--) {
+        for (int chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
-            restore(chunk);
+            copies_end();
+            if (chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
                 if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
 #pragma unroll 1
             for (int i = TILES - 1; i >= 0; i--) {
                 int rows = rows_of(row.length - first - i * TILE);
+                int next = i == 0 ? chunk - 1 : -1;
                 if (rows == TILE)
-                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS);
+                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS, next);
                 else if (rows > 0)
-                    tile<false>(first + i * TILE, rows, before + i * COLUMNS);
+                    tile<false>(first + i * TILE, rows, before + i * COLUMNS, next);
             }
+            if (chunk % SETTLED == 0) settle(chunk + SETTLED >= chunks);
         }
-        finish();
+        columns_to(p.dinitial, G, at, row.row);
     }
 
-    __device__ __forceinline__ void finish() const {
-        columns_to(p.dinitial, G, at, row.row);
+    __device__ __forceinline__ void forget_sums() {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) dskip[k] = dbias[k] = 0.0f;
+    }
+
+    // Sums over tokens go to memory once in a while: fewer roundings in a row.
+    static constexpr int SETTLED = 64;  // chunks
+    __device__ __forceinline__ void settle(bool is_first) {
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {
             if (k >= at.count) continue;
             i64 d = row.row * CHANNELS + at.channel + k;
             float scale = DECAY ? p.decay[row.row * p.decay_row + at.channel + k] : 1.0f;
-            for (int n = 0; n < STATES; n++) p.dA[d * STATES + n] = dA[n * SPAN + k] * scale;
-            p.dskip[d] = dskip[k];
-            p.dbias[d] = dbias[k];
+#pragma unroll 1
+            for (int n = 0; n < STATES; n++) {
+                add(p.dA + d * STATES + n, dA[n * SPAN + k] * scale, is_first);
+                dA[n * SPAN + k] = 0.0f;
+            }
+            add(p.dskip + d, dskip[k], is_first);
+            add(p.dbias + d, dbias[k], is_first);
         }
+        forget_sums();
+    }
+    __device__ __forceinline__ static void add(float* to, float value, bool is_first) {
+        *to = is_first ? value : *to + value;
     }
 };
 

@@ -19,12 +19,22 @@ from torch import Tensor
 from widefield.ops import _nvrtc
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "backward_layout", "forward_layout", "selective_scan", "supports"]
+__all__ = [
+    "Layout",
+    "backward_layout",
+    "forward_layout",
+    "rows_of",
+    "selective_scan",
+    "supports",
+    "wants_gradients",
+]
 
 _SOURCE = Path(__file__).with_name("wide.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATES = 256
 _ROWS = 1 << 16  # of a grid
+_SAVED = 1 << 30  # bytes of saved states from which on there are half as many
+_PAIRS = 1 << 16  # channels of all rows together from which on the forward takes two a lane
 _READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 
 
@@ -61,12 +71,12 @@ class Layout:
 
 def forward_layout(states: int, shared: int) -> Layout:
     """The layout of the forward where a block may have `shared` bytes of shared memory."""
-    return _fitted(Layout(), states, shared, backward=False)
+    return _fitted(Layout(chunk=16), states, shared, backward=False)
 
 
 def backward_layout(states: int, shared: int) -> Layout:
     """The same for the backward."""
-    return _fitted(Layout(blocks=3), states, shared, backward=True)
+    return _fitted(Layout(chunk=16, blocks=2), states, shared, backward=True)
 
 
 def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
@@ -77,6 +87,19 @@ def _fitted(layout: Layout, states: int, shared: int, backward: bool) -> Layout:
     while layout.shared_bytes(states, backward) > shared and layout.chunk > layout.tile:
         layout = replace(layout, chunk=layout.chunk // 2)
     return layout
+
+
+def _layouts_of(inputs: ScanInputs) -> tuple[Layout, Layout]:
+    """Of the forward and the backward; measured on an H200, see benchmarks/LOG.md."""
+    x, states = inputs.x, inputs.A.shape[1]
+    forward, backward = _layouts(x.device.index, states)
+    if 4 * states * x.numel() > backward.chunk * _SAVED:
+        sparse = replace(backward, chunk=2 * backward.chunk)
+        if sparse.shared_bytes(states, backward=True) <= _shared_memory(x.device.index):
+            backward = sparse
+    if rows_of(x, inputs.cu_seqlens) * x.shape[2] >= _PAIRS and states <= 32:
+        forward = replace(forward, per_lane=2, tile=8)
+    return replace(forward, chunk=backward.chunk), backward
 
 
 class _Parameters(ctypes.Structure):
@@ -94,10 +117,14 @@ class _Parameters(ctypes.Structure):
     )  # fmt: skip
 
 
+# The pointers behind those of a call's own tensors.
+_MADE = [field[0] for field in _Parameters._fields_ if field[1] is ctypes.c_void_p][14:]
+
+
 def supports(inputs: ScanInputs) -> bool:
     """Whether these kernels can run the scan, gradients included."""
     x = inputs.x
-    rows = _rows_of(x, inputs.cu_seqlens)
+    rows = rows_of(x, inputs.cu_seqlens)
     if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and rows < _ROWS):
         return False
     large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
@@ -120,9 +147,23 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor, Tensor]
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    return _Scan.apply(
+    if not wants_gradients(inputs):
+        with torch.no_grad():
+            return Call.prepare(inputs, plan).forward(save=False)[:2]
+    return _Scan.apply(*_leaves(inputs), inputs, plan)
+
+
+def wants_gradients(inputs: ScanInputs) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in _leaves(inputs)
+    )
+
+
+def _leaves(inputs: ScanInputs) -> tuple[Tensor | None, ...]:
+    return (
         inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z,
-        inputs.delta_bias, inputs.initial_state, inputs, plan,
+        inputs.delta_bias, inputs.initial_state,
     )  # fmt: skip
 
 
@@ -134,18 +175,11 @@ class _Scan(torch.autograd.Function):
         D: Tensor | None, z: Tensor | None, bias: Tensor | None, initial: Tensor | None,
         inputs: ScanInputs, plan: LayerPlan,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        call = Call.prepare(
-            inputs.replace(
-                x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=bias, initial_state=initial
-            ),
-            plan,
-        )
-        save = any(ctx.needs_input_grad)
-        y, final, saved = call.forward(save)
-        if save:
-            ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
-            ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
-            ctx.wanted = (D is not None, z is not None, bias is not None, initial is not None)
+        call = Call.prepare(inputs, plan)
+        y, final, saved = call.forward(save=True)
+        ctx.call, ctx.saved = call.without_tensors(), [t is not None for t in call.tensors]
+        ctx.save_for_backward(*(t for t in call.tensors if t is not None), saved)
+        ctx.has_initial = initial is not None
         return y, final
 
     @staticmethod
@@ -155,16 +189,8 @@ class _Scan(torch.autograd.Function):
         call = replace(
             ctx.call, tensors=tuple(next(given) if there else None for there in ctx.saved)
         )
-        dx, ddelta, dA, dB, dC, dskip, dz, dbias, dinitial = call.backward(dy, dfinal, saved)
-        has_skip, has_z, has_bias, has_initial = ctx.wanted
-        return (
-            dx, ddelta, dA, dB, dC,
-            dskip if has_skip else None,
-            dz if has_z else None,
-            dbias if has_bias else None,
-            dinitial if has_initial else None,
-            None, None,
-        )  # fmt: skip
+        *gradients, dinitial = call.backward(dy, dfinal, saved)
+        return *gradients, dinitial if ctx.has_initial else None, None, None
 
 
 @dataclass(frozen=True)
@@ -199,7 +225,7 @@ class Call:
                 _bounds(inputs.cu_seqlens, inputs.x.device),
             ),
             inputs.delta_softplus,
-            layouts or _layouts(inputs.x.device.index, inputs.A.shape[1]),
+            layouts or _layouts_of(inputs),
         )
 
     def without_tensors(self) -> Call:
@@ -209,7 +235,7 @@ class Call:
     @property
     def rows(self) -> int:
         """How many sequences there are."""
-        return _rows_of(self.tensors[0], self.tensors[13])
+        return rows_of(self.tensors[0], self.tensors[13])
 
     @property
     def chunks(self) -> int:
@@ -229,29 +255,27 @@ class Call:
         self._launch(False, save, {"y": y, "final": final, "saved": saved})
         return y, final, saved
 
-    def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, Δ, A, B, C, skip, z, bias and the initial state."""
         x, delta, B, C, z, skip, bias, A = self.tensors[:8]
-        channels, states = A.shape
-        blocks = -(-channels // self.layouts[1].channels)
-        dense = {"dx": x, "ddelta": delta, "dz": z}
-        out = {
-            name: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for name, t in dense.items()
-        }
-        out |= {name: A.new_empty(self.rows, channels, states) for name in ("dA", "dinitial")}
-        out |= {name: A.new_empty(self.rows, channels) for name in ("dskip", "dbias")}
-        out |= {name: A.new_empty(blocks, *B.shape) for name in ("dB", "dC")}
-        given = {"dy": dy.contiguous(), "dfinal": dfinal.contiguous(), "saved": saved}
-        self._launch(True, False, {**given, **out})
-        kinds = {"dA": A, "dB": B, "dC": C, "dskip": skip, "dbias": bias}
-        sums = {
-            name: out[name].sum(0).to(A.dtype if like is None else like.dtype)
-            for name, like in kinds.items()
-        }
+        dy = dy.contiguous()
+        dx, ddelta, dz = (None if t is None else _new_like(t) for t in (x, delta, z))
+        row = A.new_empty(2, self.rows, A.shape[0])
+        dA, dinitial = A.new_empty(2, self.rows, *A.shape)
+        blocks = -(-A.shape[0] // self.layouts[1].channels)
+        dB, dC = A.new_empty(2, blocks, *B.shape)
+        made = {
+            "dy": dy if _aligned(dy) else dy.clone(), "dfinal": dfinal.contiguous(), "saved": saved,
+            "dx": dx, "ddelta": ddelta, "dz": dz, "dA": dA, "dinitial": dinitial,
+            "dB": dB, "dC": dC, "dskip": row[0], "dbias": row[1],
+        }  # fmt: skip
+        self._launch(True, False, made)
         return (
-            out["dx"], out["ddelta"], sums["dA"], sums["dB"], sums["dC"], sums["dskip"],
-            out["dz"], sums["dbias"], out["dinitial"],
+            dx, ddelta, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
+            None if skip is None else row[0].sum(0).to(skip.dtype),
+            dz,
+            None if bias is None else row[1].sum(0).to(bias.dtype),
+            dinitial,
         )  # fmt: skip
 
     def _launch(self, backward: bool, save: bool, more: Mapping[str, Tensor | None]) -> None:
@@ -282,15 +306,14 @@ class Call:
             ("BACKWARD", backward),
             ("EXACT", x.dtype == torch.float32),
             ("CHANNELS", x.shape[2]),
-            *((f"{name}_TOKEN", 0 if t is None else t.stride(1)) for name, t in tokens.items()),
+            *((f"{name}_TOKEN", _step(t)) for name, t in tokens.items()),
             ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
         )
 
     def _parameters(self, more: Mapping[str, Tensor | None]) -> _Parameters:
         x, delta, B, C, z, *_, valid, _ = self.tensors
         strided = (x, delta, B, C, z, valid)
-        names = [name for name, kind in _Parameters._fields_ if kind is ctypes.c_void_p]
-        pointers = (*self.tensors, *(more.get(name) for name in names[14:]))
+        pointers = (*self.tensors, *(more.get(name) for name in _MADE))
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(0 if t is None else t.stride(0) for t in strided),
@@ -304,16 +327,21 @@ class Call:
 @functools.cache
 def _fits(device: int, states: int) -> bool:
     """Whether the GPU has bfloat16, and shared memory for so many states."""
-    chip = torch.cuda.get_device_properties(device)
     needed = _layouts(device, states)[1].shared_bytes(states, backward=True)
-    return chip.major >= 8 and needed <= chip.shared_memory_per_block_optin
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and needed <= _shared_memory(device)
 
 
 @functools.cache
 def _layouts(device: int, states: int) -> tuple[Layout, Layout]:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    backward = backward_layout(states, shared)
-    return replace(forward_layout(states, shared), chunk=backward.chunk), backward
+    shared = _shared_memory(device)
+    return forward_layout(states, shared), backward_layout(states, shared)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache
@@ -338,7 +366,18 @@ def _kernel(
     )
 
 
-def _rows_of(x: Tensor, ends: Tensor | None) -> int:
+def _step(tensor: Tensor | None) -> int:
+    """From token to token; one token's step may be any number, and is left out of the cache."""
+    return 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
+
+
+def _new_like(tensor: Tensor) -> Tensor:
+    """Dense, however the tensor lies."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def rows_of(x: Tensor, ends: Tensor | None) -> int:
+    """How many sequences are scanned side by side."""
     return x.shape[0] if ends is None else len(ends) - 1
 
 
