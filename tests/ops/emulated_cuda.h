@@ -162,8 +162,6 @@ static void barrier_wait(Place where, unsigned parity) {
     __syncwarp();
 }
 template <typename Place>
-static void read1(float& to, Place from) { to = emulated_shared[from.address / 4]; }
-template <typename Place>
 static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
 template <typename Place>
 static void read4(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 16); }

@@ -16,7 +16,7 @@ from widefield.ops import _nvrtc
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "read1", "read2", "read4", "write1", "write2", "write4",
+    "read2", "read4", "write1", "write2", "write4",
     "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply", "load_matrices",
 )  # fmt: skip
 _EMULATED = """

@@ -274,7 +274,7 @@ class TestOnGpu:
         assert _error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
         assert _error(state.cpu(), truth[1].double()) < 1e-5
 
-    @pytest.mark.parametrize("layout", [native._TENSOR[3], native._TENSOR[4]], ids=str)
+    @pytest.mark.parametrize("layout", native._TENSOR.values(), ids=str)
     def test_is_right_past_two_to_the_31_elements(self, layout: native.Layout) -> None:
         length, channels, last = 1_500_000, 1536, 2000
         small = scan_inputs(1, 8, channels, dtype=torch.bfloat16)
@@ -363,7 +363,7 @@ def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
         (1, 1536, 32, True, 101_376, dataclasses.replace(native._LAYOUTS[3], slots=4)),
         (1, 1536, 16, True, 232_448, native._TENSOR[3]),
         (2, 2048, 16, True, 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
-        (1, 512, 16, True, 232_448, native._TENSOR[1]),
+        (1, 512, 16, True, 232_448, native._SPREAD),
     ],
 )
 def test_every_multiprocessor_gets_a_block(

@@ -160,9 +160,6 @@ __device__ __forceinline__ Shared shared_start() {
     return place;
 }
 
-__device__ __forceinline__ void read1(float& to, Shared from) {
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to) : "r"(from.address));
-}
 __device__ __forceinline__ void read2(float* to, Shared from) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(to[0]), "=f"(to[1])
@@ -901,9 +898,9 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 // 2c. Tensor cores cut the states to 11 bits there, which adds little to y's rounding to bfloat16;
 // the states themselves stay as they are.
 //
-// What a lane reads of four tokens; B and C as pairs of bfloat16, as they lie in memory.
+// What a lane reads of four tokens; B as pairs of bfloat16, as they lie in memory.
 struct Four {
-    float delta[4], written[4], B[4], C;
+    float delta[4], written[4], B[4];
 };
 
 __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
@@ -929,11 +926,12 @@ __device__ __forceinline__ float of_pair(float pair, int i) {
 }
 
 struct TensorConsumer {
-    int delta_at, B_from, C_from[2], sum_at;
+    int delta_at, B_from, C_from, sum_at;
     bool takes[2][2];  // sums: of which pair of tokens, in even and in odd groups
     float A[2], h[2], sum[2];
     float decay[2][8], write[2][8];
     Four of[2];
+    float C[2][4];  // of four groups each, as pairs of bfloat16
 
     __device__ __forceinline__ static int half_of(int lane) { return lane / 4 % 2; }
     __device__ __forceinline__ static int channel_of(int lane) { return lane / 8; }
@@ -942,20 +940,21 @@ struct TensorConsumer {
         int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
         delta_at = delta_of(channel);
         B_from = B_AT + lane / 8 * 8 + half_of(lane % 8 * 4) * 4;
-        for (int i = 0; i < 2; i++) {
-            C_from[i] = C_AT + (g / 4 * 2 + g % 2) * 8 + (g / 2 % 2 ^ i) * 4 + c;
+        int column = lane % 8, group = lane / 8;  // that it points to
+        C_from = C_AT + group * BC_FOUR + (column / 4 * 2 + column % 2) * 8 +
+                 (column / 2 % 2 ^ group % 2) * 4;
+        for (int i = 0; i < 2; i++)
             for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
-        }
         int token = 4 * (c % 2 ^ half) + c / 2 * 2;
         sum_at = SUM_AT + half * PART_SIZE + token * SUM_PITCH + channel;
         sum[0] = sum[1] = 0.0f;
     }
 
-    __device__ __forceinline__ void read(Four& to, Shared buffer, int g) const {
+    __device__ __forceinline__ void read(Four& to, Shared buffer, int g) {
         read4(to.delta, buffer + delta_at + 4 * g);
         read4(to.written, buffer + delta_at + (WRITTEN_AT + 4 * g));
         load_matrices(to.B, buffer + B_from + BC_FOUR * g);
-        read1(to.C, buffer + C_from[g % 2] + BC_FOUR * g);
+        if (g % 4 == 0) load_matrices(C[g / 4], buffer + C_from + BC_FOUR * g);
     }
 
     // What four tokens leave of the states, and what they add.
@@ -967,14 +966,14 @@ struct TensorConsumer {
         }
     }
 
-    __device__ __forceinline__ void advance(int g, float C, Shared buffer) {
+    __device__ __forceinline__ void advance(int g, float pair, Shared buffer) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float *a = decay[g % 2] + 4 * j, *w = write[g % 2] + 4 * j;
             float first[] = {fmaf(a[0], h[0], w[0]), fmaf(a[1], h[1], w[1])}, y[4];
             h[0] = fmaf(a[2], first[0], w[2]);
             h[1] = fmaf(a[3], first[1], w[3]);
-            multiply(y, first[0], h[0], first[1], h[1], of_pair(C, 0), of_pair(C, 1));
+            multiply(y, first[0], h[0], first[1], h[1], of_pair(pair, 0), of_pair(pair, 1));
             sum[0] = takes[g % 2][j] ? y[0] : sum[0];
             sum[1] = takes[g % 2][j] ? y[3] : sum[1];
         }
@@ -995,10 +994,10 @@ struct TensorConsumer {
     __device__ __forceinline__ void turns(Shared buffer, Shared next) {
 #pragma unroll
         for (int g = FROM; g < TO; g++) {
-            float C = of[g % 2].C;
+            float pair = C[g / 4][g % 4];
             read(of[g % 2], g < GROUPS - 2 ? buffer : next, (g + 2) % GROUPS);
             prepare(g + 1, of[(g + 1) % 2]);
-            advance(g, C, buffer);
+            advance(g, pair, buffer);
         }
     }
 };

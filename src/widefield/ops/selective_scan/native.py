@@ -74,16 +74,14 @@ class Layout:
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
 _LAYOUTS = {
     1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22),
-    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00),
+    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00, slots=8, stages=3),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
 }
 # The same four channels over more lanes: what counts there is how long a token takes.
 _SPREAD = Layout(group=16, consumers=2, producers=0xCC, finishers=0x330, stages=1)
-# For bfloat16 with 16 states.
+# On tensor cores, where that is faster.
 _TENSOR = {
-    1: Layout(group=8, consumers=1, producers=0xCC, finishers=0x22, slots=8, tensor=True),
-    2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00, slots=8, tensor=True),
-    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, tensor=True),
+    3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x8880000, slots=8, tensor=True),
     4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
 }
 
@@ -216,11 +214,10 @@ class _Call:
 def _layout(device: int, rows: int, channels: int, states: int, brief: bool) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     chip = torch.cuda.get_device_properties(device)
-    table = _TENSOR if brief and states == 16 else _LAYOUTS
+    table = _LAYOUTS | _TENSOR if brief and states == 16 else _LAYOUTS
     quads = rows * -(-channels // 4)
     quads = min(max(table), -(-quads // chip.multi_processor_count))
-    spread = quads == 1 and table is _LAYOUTS and states >= _SPREAD.group
-    layout = _SPREAD if spread else table[quads]
+    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else table[quads]
     if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
         layout = replace(layout, slots=4)
     return layout
