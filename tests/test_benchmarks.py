@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import _models, _ops, run
+from benchmarks import _models, _ops, pictures, run
 from widefield import ops
 from widefield.errors import WidefieldError
 
@@ -163,6 +163,30 @@ def test_rows_of_another_seed_are_not_mixed_in(
     bench(monkeypatch, tmp_path / "r.json", *asked)
     with pytest.raises(WidefieldError, match="seed 0, expected 1"):
         bench(monkeypatch, tmp_path / "r.json", *asked, "--resume", "--seed", "1")
+
+
+def test_measured_rows_are_drawn_with_the_bounds_of_their_device(tmp_path: Path) -> None:
+    common = {"batch": 1, "dtype": "bfloat16"}
+    rows = [
+        {"case": "scan", "side": side, "tokens": n, "p50": n / 1e4, **common}
+        | {"channels": 1536, "states": 16}
+        for side in ("widefield", "mamba-ssm")
+        for n in (8192, 65_536)
+    ]
+    for case in ("mamba-130m prefill", "decimamba-130m prefill"):
+        rows.append({"case": case, "side": "widefield", "tokens": 8192, "p50": 0.02, **common})
+    rows.append({"case": "mamba2-130m prefill", "side": "all", "tokens": 8192, "failed": "memory"})
+    head = {"device": "a GPU", "multiprocessors": 132, "megahertz": 1980.0}
+    head |= {"gigabytes_per_second": 4814}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(head | {"rows": rows}))
+    drawn = pictures.speeds(file, tmp_path)
+    assert [path.name for path in drawn] == ["speed-scan.png", "speed-mamba-130m.png"]
+    special, memory = pictures.floors(rows[0], head, [524_288])
+    # 12.9 G exponentials at 4.18 T a second; 3.26 GB at 4.8 TB a second.
+    assert special.seconds[524_288] == pytest.approx(3.08e-3, rel=0.01)
+    assert memory.seconds[524_288] == pytest.approx(1.345e-3, rel=0.01)
+    assert pictures.floors(rows[0], {"device": "a CPU"}, [8192]) == []
 
 
 def test_an_unknown_op_is_one_line() -> None:
