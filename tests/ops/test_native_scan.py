@@ -25,7 +25,7 @@ from widefield.plan import LayerPlan, ScanInputs
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
-LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values()]
+LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values(), native._FLOORED[3]]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = No
         assert native.supports(inputs)
         return native.selective_scan(inputs, plan, layout)
     call = native._Call(inputs, plan)
-    table = native._TENSOR if call.is_brief() and inputs.A.shape[1] == 16 else native._LAYOUTS
+    table = native._LAYOUTS if call.layouts(inputs.A.shape[1]) == "exact" else native._TENSOR
     return call.run(layout or table[3])
 
 
@@ -353,29 +353,30 @@ def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "states", "brief", "shared", "expected"),
+    ("batch", "channels", "states", "layouts", "shared", "expected"),
     [
-        (1, 1536, 16, False, 232_448, native._LAYOUTS[3]),
-        (4, 5120, 16, False, 232_448, native._LAYOUTS[3]),
-        (1, 1024, 16, False, 232_448, native._LAYOUTS[2]),
-        (1, 512, 16, False, 232_448, native._SPREAD),
-        (1, 512, 8, True, 232_448, native._LAYOUTS[1]),
-        (1, 1536, 32, True, 101_376, dataclasses.replace(native._LAYOUTS[3], slots=4)),
-        (1, 1536, 16, True, 232_448, native._TENSOR[3]),
-        (2, 2048, 16, True, 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
-        (1, 512, 16, True, 232_448, native._SPREAD),
+        (1, 1536, 16, "exact", 232_448, native._LAYOUTS[3]),
+        (4, 5120, 16, "exact", 232_448, native._LAYOUTS[3]),
+        (1, 1024, 16, "exact", 232_448, native._LAYOUTS[2]),
+        (1, 512, 16, "exact", 232_448, native._SPREAD),
+        (1, 512, 8, "exact", 232_448, native._LAYOUTS[1]),
+        (1, 1536, 32, "exact", 101_376, dataclasses.replace(native._LAYOUTS[3], slots=4)),
+        (1, 1536, 16, "brief", 232_448, native._TENSOR[3]),
+        (2, 2048, 16, "brief", 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
+        (1, 1536, 16, "floored", 232_448, native._FLOORED[3]),
+        (1, 512, 16, "brief", 232_448, native._SPREAD),
     ],
 )
 def test_every_multiprocessor_gets_a_block(
     batch: int,
     channels: int,
     states: int,
-    brief: bool,
+    layouts: str,
     shared: int,
     expected: native.Layout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chip = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
-    layout = native._layout.__wrapped__(0, batch, channels, states, brief)
+    layout = native._layout.__wrapped__(0, batch, channels, states, layouts)
     assert layout == expected and layout.shared_bytes(states) <= shared

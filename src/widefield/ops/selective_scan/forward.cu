@@ -9,8 +9,7 @@
 // - Producers take the tiles in turn. They read x, Δ, B and C, make softplus, scale and floor, and
 //   leave Δ, Δ·x, B and C in shared memory, in the order in which consumers read them.
 // - Finishers take the tiles in turn, too. They add up what is left of the sums over the states,
-//   add the skip, gate and store y. Where PRODUCERS and FINISHERS are the same warps, each finishes
-//   the tiles that it has produced.
+//   add the skip, gate and store y.
 //
 // Three mbarriers a buffer hand it round: `full` to the consumers, `done` to a finisher, `free`
 // back to a producer.
@@ -255,7 +254,6 @@ struct Buffers {
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
 static_assert(SLOTS % PRODUCER_COUNT == 0 && FINISHER_COUNT <= SLOTS, "a wait would be ambiguous");
-static_assert(PRODUCERS != FINISHERS || SLOTS >= 2 * PRODUCER_COUNT, "a buffer would not be empty");
 
 constexpr int STRIDE = PRODUCER_COUNT * TILE;  // tokens from one tile of a producer to its next
 
@@ -634,51 +632,6 @@ __device__ __forceinline__ void finish(const Parameters& p, const Pieces& at, in
             of.load<true>(TILE);
         else
             of.load<false>(at.tokens.rows(tile + FINISHER_COUNT));
-    }
-}
-
-// Producer and finisher in one: a warp finishes a tile behind the next one that it produces. So
-// `free` is not needed, since the warp that fills a buffer has emptied it.
-__device__ __forceinline__ void serve(const Parameters& p, const Pieces& at, int server,
-                                      const Buffers& buffers) {
-    Producer of;
-    Finisher to;
-    of.at = to.at = at;
-    of.place(p, static_cast<i64>(server) * TILE);
-    to.place(p, static_cast<i64>(server) * TILE);
-    u32 tiles = at.tokens.tiles;
-    of.load<false>(at.tokens.rows(server));
-    Ring here(server), behind(server);
-#pragma unroll 1
-    for (u32 tile = server; tile < tiles + PRODUCER_COUNT; tile += PRODUCER_COUNT) {
-        u32 next = tile + PRODUCER_COUNT, last = tile - PRODUCER_COUNT;
-        if (tile < tiles) {
-            Shared buffer = buffers.at(here.slot);
-            if (at.whole(tile))
-                of.make<true>(buffer);
-            else
-                of.make<false>(buffer);
-            barrier_arrive(buffers.full(here.slot), at.lane);
-            if (at.whole(next))
-                of.load<true>(TILE);
-            else
-                of.load<false>(at.tokens.rows(next));
-        }
-        here.advance(PRODUCER_COUNT);
-        if (tile >= PRODUCER_COUNT) {
-            float y[QUADS][4];
-            barrier_wait(buffers.done(behind.slot), behind.parity);
-            to.sum(y, buffers.at(behind.slot));
-            behind.advance(PRODUCER_COUNT);
-            if (at.whole(last))
-                to.store<true>(y, TILE);
-            else
-                to.store<false>(y, at.tokens.rows(last));
-        }
-        if (at.whole(tile))
-            to.load<true>(TILE);
-        else
-            to.load<false>(at.tokens.rows(tile));
     }
 }
 
@@ -1090,10 +1043,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
     Pieces at{lane, first_channel, min(CHANNELS, p.channels - first_channel), tokens};
     u32 me = 1u << warp;
-    if constexpr (PRODUCERS == FINISHERS) {
-        if (PRODUCERS & me) serve(p, at, __popc(PRODUCERS & (me - 1)), buffers);
-        return;
-    }
     if (PRODUCERS & me) produce(p, at, __popc(PRODUCERS & (me - 1)), buffers);
     if (FINISHERS & me) finish(p, at, __popc(FINISHERS & (me - 1)), buffers);
 }

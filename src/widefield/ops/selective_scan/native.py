@@ -84,6 +84,8 @@ _TENSOR = {
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x8880000, slots=8, tensor=True),
     4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
 }
+# A floor makes producers slow: they need a scheduler to themselves.
+_FLOORED = _TENSOR | {3: replace(_TENSOR[3], finishers=0x70)}
 
 
 class _Parameters(ctypes.Structure):
@@ -155,7 +157,8 @@ class _Call:
             rows = len(self.ends) - 1
         states = self.A.shape[1]
         if layout is None:
-            layout = _layout(x.device.index, rows, channels, states, self.is_brief())
+            table = self.layouts(states)
+            layout = _layout(x.device.index, rows, channels, states, table)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
         kernel = _kernel(
@@ -165,9 +168,12 @@ class _Call:
         kernel.launch(grid, self.parameters(y, final))
         return y, final
 
-    def is_brief(self) -> bool:
-        """Whether sums rounded to bfloat16 are enough."""
-        return all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
+    def layouts(self, states: int) -> str:
+        """Which layouts there are: on tensor cores, where sums rounded to bfloat16 are enough."""
+        brief = all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
+        if not brief or states != 16:
+            return "exact"
+        return "brief" if self.floor is None else "floored"
 
     def kinds(self) -> tuple[int, ...]:
         read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
@@ -211,10 +217,10 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(device: int, rows: int, channels: int, states: int, brief: bool) -> Layout:
+def _layout(device: int, rows: int, channels: int, states: int, layouts: str) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     chip = torch.cuda.get_device_properties(device)
-    table = _LAYOUTS | _TENSOR if brief and states == 16 else _LAYOUTS
+    table = _LAYOUTS | {"exact": {}, "brief": _TENSOR, "floored": _FLOORED}[layouts]
     quads = rows * -(-channels // 4)
     quads = min(max(table), -(-quads // chip.multi_processor_count))
     layout = _SPREAD if quads == 1 and states >= _SPREAD.group else table[quads]
