@@ -89,7 +89,7 @@ def test_a_method_does_what_it_does_on_the_cpu(name: str, method: str, ids: Tens
     model.cuda()
     assert relative(logits(model, ids)[:, -1], truth) < 1e-5
     parts = wf.prefill(model, ids.cuda(), chunk_size=77).logits[:, -1]
-    assert relative(parts.double().cpu(), truth) < 1e-5
+    assert relative(parts.double().cpu(), truth) < 2e-5
     with wf.extended(model):
         assert relative(logits(model, ids)[:, -1], truth) > 1e-4
 

@@ -491,7 +491,7 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
     if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
-    few = not wide.wants_gradients(inputs) and inputs.cu_seqlens is None and not _are_many(inputs)
+    few = not wide.wants_gradients(inputs) and not _are_many(inputs)
     if few and native.supports(inputs):
         return native
     return wide if wide.supports(inputs) else None

@@ -697,7 +697,7 @@ struct Consumer {
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int s = 0; s < PER_LANE; s++) to[k * PER_LANE + s] = exp2_fast(delta[k] * A[s]);
+            for (int s = 0; s < PER_LANE; s++) to[k * PER_LANE + s] = decay_of(delta[k], A[s]);
     }
 
     __device__ __forceinline__ void advance(const Group& of, float* sums) {
@@ -802,7 +802,7 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
     for (int s = 0; s < PER_LANE; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + c.mine * PER_LANE + s] : 0.0f;
         // A = -inf forgets at once, but a frozen or padded token must not make it NaN.
-        c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
+        c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
     u32 tiles = tokens.tiles;
@@ -914,7 +914,7 @@ struct TensorConsumer {
     __device__ __forceinline__ void prepare(int g, const Four& from) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            decay[g % 2][i] = exp2_fast(from.delta[i / 2] * A[i % 2]);
+            decay[g % 2][i] = decay_of(from.delta[i / 2], A[i % 2]);
             write[g % 2][i] = from.written[i / 2] * of_pair(from.B[i / 2], i % 2);
         }
     }
@@ -968,7 +968,7 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
-        c.A[s] = fmaxf(A * scale * LOG2E, -3e38f);
+        c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
         c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
     u32 tiles = tokens.tiles;

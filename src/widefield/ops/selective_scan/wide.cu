@@ -326,13 +326,6 @@ struct Lane {
     }
 };
 
-// The GPU's exp2 of numbers up to 0 is too small, by 6e-9 close to 0 and by 2e-8 further off, and
-// the products along a sequence add that up. What is added here makes good for most of it; exp2 of it
-// alone is still 1.
-__device__ __forceinline__ float decay_of(float step, float rate) {
-    return exp2_fast(fmaf(step, rate, 1.4e-8f));
-}
-
 // The rates of a lane's channels, for exp2, into its columns.
 __device__ __forceinline__ void place_rates(float* to, const Parameters& p, const Lane& at,
                                             const Row& row) {
@@ -344,7 +337,7 @@ __device__ __forceinline__ void place_rates(float* to, const Parameters& p, cons
         for (int n = 0; n < STATES; n++) {
             float A = here ? p.A[d * STATES + n] : 0.0f;
             // A = -inf forgets at once, but a frozen or padded token must not make it NaN.
-            to[n * SPAN + c] = fmaxf(A * scale * LOG2E, -3e38f);
+            to[n * SPAN + c] = max_or_nan(A * scale * LOG2E, -3e38f);
         }
     }
 }
