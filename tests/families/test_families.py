@@ -96,6 +96,12 @@ def refused(model: Any) -> bool:
     return extend(model).widefield.layout.decimation is not None
 
 
+def gates_spread(model: Any) -> bool:
+    """Whether stock spreads the gate of one row over all rows when it decodes a batch."""
+    old = Version(transformers.__version__) < Version("5.18")
+    return old and getattr(model.config, "mamba_rms_norm", False)
+
+
 class TestWithoutAMethod:
     @pytest.fixture(params=SUPPORTED_CASES)
     def model(self, request: pytest.FixtureRequest) -> Any:
@@ -122,9 +128,11 @@ class TestWithoutAMethod:
 
     @torch.no_grad()
     def test_each_decoded_token_equals_stock(self, model: Any, ids: Tensor) -> None:
+        if gates_spread(model):
+            ids = ids[:1]
         twin = extend(copy.deepcopy(model))
         stock, ours = model(ids, use_cache=True), twin(ids, use_cache=True)
-        for token in random_ids(2, 3, seed=5).split(1, dim=1):
+        for token in random_ids(2, 3, seed=5)[: len(ids)].split(1, dim=1):
             stock = model(token, **continued(stock), use_cache=True)
             ours = twin(token, **continued(ours), use_cache=True)
             assert relative(ours.logits, stock.logits) < CLOSE
@@ -132,8 +140,7 @@ class TestWithoutAMethod:
             assert relative(mine, theirs) < CLOSE
 
     def test_generation_equals_stock(self, model: Any, ids: Tensor, mask: Tensor) -> None:
-        old = Version(transformers.__version__) < Version("5.18")
-        if old and getattr(model.config, "mamba_rms_norm", False):
+        if gates_spread(model):
             pytest.skip("stock transformers 5.17 itself fails on this padded batch")
         call = {"attention_mask": mask, **GREEDY}
         stock = model.generate(ids, **call)

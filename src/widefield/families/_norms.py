@@ -75,8 +75,11 @@ class GatedNorm(nn.Module):
         """The gated and normed input."""
         if gate is None or not ops.runs_kernels(hidden_states, gate, self.weight):
             plain: Any = super().forward
-            # That of FalconH1 in older versions of transformers drops a length of one.
-            return plain(hidden_states, gate).reshape(hidden_states.shape)
+            if hidden_states.ndim == 3 and hidden_states.shape[1] == 1:
+                # That of FalconH1 in older versions of transformers drops a length of one, and
+                # then spreads the gate of one row over all of them.
+                return plain(hidden_states[:, 0], None if gate is None else gate[:, 0])[:, None]
+            return plain(hidden_states, gate)
         return ops.gated_rms_norm(
             hidden_states,
             gate,
