@@ -49,14 +49,20 @@ def build(
     source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
-    code = _translated(_nvrtc.source_of(source), name, threads, shared)
+    return compiled(_translated(_nvrtc.source_of(source), name, threads, shared), macros, folder)
+
+
+def compiled(
+    code: str, macros: Mapping[str, int], folder: Path, optimise: str = "-O0"
+) -> EmulatedKernel:
+    """The kernel in code that has been translated for the CPU; compiled once."""
     flags = [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     key = hashlib.sha256("\0".join([code, *flags]).encode()).hexdigest()[:24]
     path = folder / f"{key}.so"
     if not path.exists():
         text = folder / f"{key}.cpp"
         text.write_text(code, encoding="utf-8")
-        command = [compiler() or "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC",
+        command = [compiler() or "g++", "-std=c++20", optimise, "-w", "-shared", "-fPIC",
                    "-fno-strict-aliasing", "-ffp-contract=off", f"-I{_HEADER.parent}", *flags,
                    str(text), "-o", str(path)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.ops.emulated_cuda import EmulatedKernel, compiler
+from tests.ops.emulated_cuda import EmulatedKernel, compiled
 from widefield.ops import _nvrtc
 
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
@@ -37,18 +34,7 @@ def build(
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
     code = _translated(_nvrtc.source_of(source), name, threads, shared)
-    flags = [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
-    key = hashlib.sha256("\0".join([code, *flags]).encode()).hexdigest()[:24]
-    path = folder / f"{key}.so"
-    if not path.exists():
-        text = folder / f"{key}.cpp"
-        text.write_text(code, encoding="utf-8")
-        command = [compiler() or "g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC",
-                   "-fno-strict-aliasing", "-ffp-contract=off", f"-I{_HEADER.parent}", *flags,
-                   str(text), "-o", str(path)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    return EmulatedKernel(ctypes.CDLL(str(path)))
+    return compiled(code, macros, folder, optimise="-O1")
 
 
 def _translated(source: str, name: str, threads: int, shared: int) -> str:
