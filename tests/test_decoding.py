@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Tex
 from transformers.generation.streamers import BaseStreamer
 
 import widefield as wf
+from tests.graphs import rerun_steps
 from tests.models import tiny_family, tiny_mamba
 from widefield import decoding
 from widefield.extension import extend, restore
@@ -31,27 +32,10 @@ IDS = torch.randint(3, 380, (3, 30), generator=torch.Generator().manual_seed(1))
 MASK = torch.stack([(torch.arange(30) >= padding).long() for padding in PADDING]).to(DEVICE)
 
 
-class Rerun:
-    """Stands in for a graph where there is no GPU."""
-
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self.step, self.logits = step, step().clone()
-
-    def replay(self) -> None:
-        self.logits.copy_(self.step())
-
-
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if GPU:
-        return
-
-    def record(graph: Any, model: nn.Module) -> None:
-        graph._graph = Rerun(lambda: graph._forward(model))
-        graph._logits = graph._graph.logits
-
-    monkeypatch.setattr(decoding.StepGraph, "_record", record)
-    monkeypatch.setattr(decoding, "_GPU", "cpu")
+    if not GPU:
+        rerun_steps(monkeypatch)
 
 
 @pytest.fixture(scope="module")

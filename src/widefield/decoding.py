@@ -29,7 +29,15 @@ from widefield.families import LayerCache
 from widefield.ops import forced_backend, overlapping
 from widefield.prefilling import cache_name
 
-__all__ = ["Graphs", "check_mode", "check_model", "graph_wanted", "is_wanted", "sample"]
+__all__ = [
+    "Graphs",
+    "check_mode",
+    "check_model",
+    "graph_wanted",
+    "is_wanted",
+    "sample",
+    "what_graph_needs",
+]
 
 _GPU = "cuda"
 _COMPARED = (bool, int, float, str, type(None))
@@ -60,28 +68,35 @@ def check_model(model: nn.Module) -> None:
     Raises:
         WidefieldError: saying why.
     """
+    needed = what_graph_needs(model)
+    if needed is not None:
+        raise _refused(needed)
+
+
+def what_graph_needs(model: nn.Module) -> str | None:
+    """What an extended model lacks for its decode step to be recorded, or None."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise _refused(f"the whole model on one GPU, this one is spread over {_names(devices)}")
+        return f"the whole model on one GPU, this one is spread over {_names(devices)}"
     (device,) = devices
     if device.type != _GPU:
-        raise _refused(f"a model on a GPU, this one is on {device}: move it with model.to('cuda')")
+        return f"a model on a GPU, this one is on {device}: move it with model.to('cuda')"
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        raise _refused("a model that is not compiled, and model.compile() was called on this one")
-    for entry in _template(model).layers:
-        if type(entry) is not LinearAttentionLayer:
-            raise _refused(
-                f"a cache that does not grow, and the attention layers of {type(model).__name__} "
-                "keep the keys of every token"
-            )
+        return "a model that is not compiled, and model.compile() was called on this one"
+    if any(type(entry) is not LinearAttentionLayer for entry in _template(model).layers):
+        return (
+            f"a cache that does not grow, and the attention layers of {type(model).__name__} "
+            "keep the keys of every token"
+        )
     own = model.__dict__["_widefield_hook"].id
     for name, module in model.named_modules():
         hooks = {*module._forward_hooks, *module._forward_pre_hooks}
         if hooks - {own} or (module is not model and own in hooks):
-            raise _refused(
+            return (
                 f"modules without forward hooks, which a replay does not call, and "
                 f"{name or type(model).__name__} has some"
             )
+    return None
 
 
 def check_mode(mode: GenerationMode, config: Any, arguments: dict[str, Any]) -> None:

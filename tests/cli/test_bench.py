@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import CommandLine
+from tests.graphs import rerun_steps
+from tests.models import tiny_family
+from widefield import decoding
 from widefield.evaluation import speed
 from widefield.evaluation.speed import Side
 
@@ -90,6 +93,31 @@ def test_a_stock_model_that_does_not_run_here_is_a_line(
     assert done.code == 0 and "RuntimeError: Expected x.is_cuda() to be true" in done.out
 
 
+def test_on_a_gpu_tokens_are_decoded_through_a_graph_too(
+    wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rerun_steps(monkeypatch)
+    monkeypatch.setattr(speed, "_GPU", "cpu")
+    out, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    done = wf("bench", *QUICK, "--method", "unmodified", "--out", out, "--plot", plot)
+    assert done.code == 0 and "widefield, 2 new tokens through a CUDA graph: " in done.out
+    assert "by CUDA graph" in done.out and plot.stat().st_size > 5000
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["task"] == "decode_graph"]
+    assert [row["side"] for row in rows] == ["unmodified"] and rows[0]["median_seconds"] > 0
+
+
+def test_a_model_that_cannot_be_recorded_is_told_once(
+    wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_GPU", "cpu")
+    monkeypatch.setattr(decoding, "_GPU", "cpu")
+    folder = tmp_path / "jamba"
+    tiny_family("jamba").save_pretrained(folder)
+    done = wf("bench", folder, "--lengths", "64", "--repeats", "1", "--new-tokens", "2")
+    assert done.code == 0 and "…" in done.out
+    assert done.out.count("– a CUDA graph needs a cache that does not grow") == 1
+
+
 def test_an_interrupt_tells_what_is_kept(
     wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +129,10 @@ def test_an_interrupt_tells_what_is_kept(
     done = wf("bench", *QUICK, "--method", "unmodified", "--out", out)
     assert done.code == 130 and f"4 results are kept in {out}" in done.err
     assert len(json.loads(out.read_text())["rows"]) == 4
+    plot = tmp_path / "speed.png"
+    done = wf("bench", *QUICK, "--method", "unmodified", "--plot", plot)
+    assert done.code == 130 and f"4 results are kept in {plot}" in done.err
+    assert plot.stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
