@@ -3,7 +3,8 @@
 `model.generate(..., cuda_graph=True)` comes here for its tokens. A model whose cache has one size
 runs the same kernels on tensors of the same shapes for every token, so that they can be recorded
 once and replayed. What a step reads and writes lies in tensors of the graph's own: the states are
-copied in from the cache behind the prompt, and out again where somebody keeps that cache.
+copied in from the cache behind the prompt, and out again where somebody keeps that cache. Attention
+layers get room for all tokens that may come, and a mask.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from widefield import families
 from widefield.errors import WidefieldError
-from widefield.families import LayerCache
+from widefield.families import Behind, FixedAttention, LayerCache
 from widefield.ops import forced_backend, overlapping
 from widefield.prefilling import cache_name
 
@@ -83,11 +83,13 @@ def what_graph_needs(model: nn.Module) -> str | None:
         return f"a model on a GPU, this one is on {device}: move it with model.to('cuda')"
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         return "a model that is not compiled, and model.compile() was called on this one"
-    if any(type(entry) is not LinearAttentionLayer for entry in _template(model).layers):
-        return (
-            f"a cache that does not grow, and the attention layers of {type(model).__name__} "
-            "keep the keys of every token"
-        )
+    template = _template(model)
+    if families.attends(template):
+        if model.__dict__["widefield"].drops_tokens:
+            return "attention layers that hold every token, and a method drops some"
+        needed = families.what_attention_needs(model, template)
+        if needed is not None:
+            return needed
     own = model.__dict__["_widefield_hook"].id
     for name, module in model.named_modules():
         hooks = {*module._forward_hooks, *module._forward_pre_hooks}
@@ -165,13 +167,13 @@ def sample(
     Returns:
         What transformers' loop returns: (B, L + new) tokens, or an output with them.
     """
+    choice = Choice(input_ids, logits_processor, stopping_criteria, generation_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache, logits = _cache_of(outputs), outputs.logits
     kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     del outputs  # else the logits of the whole prompt would stay as long as the loop runs
-    choice = Choice(input_ids, logits_processor, stopping_criteria, generation_config)
-    news = News(choice, streamer)
-    with model.widefield.graphs.lent(model, cache, input_ids.shape[0], kept) as steps:
+    news, behind = News(choice, streamer), _behind(input_ids, choice.most, model_kwargs)
+    with model.widefield.graphs.lent(model, cache, behind, kept) as steps:
         while True:
             choice.take(logits)
             news.send()
@@ -190,6 +192,13 @@ def sample(
         logits=choice.raw_logits,
         past_key_values=cache,
     )
+
+
+def _behind(ids: Tensor, new: int, prompt: dict[str, Any]) -> Behind:
+    """What the steps stand behind, of the arguments of the prompt's forward."""
+    mask, positions = prompt.get("attention_mask"), prompt.get("position_ids")
+    after = ids.new_full(ids.shape[:1], ids.shape[1]) if positions is None else positions[:, -1] + 1
+    return Behind(None if mask is None else mask.bool(), after.expand(ids.shape[0]), new)
 
 
 def _cache_of(outputs: Any) -> Any:
@@ -235,6 +244,11 @@ class Choice:
     def sequences(self) -> Tensor:
         """(B, length) the prompt and all tokens chosen; a view."""
         return self._buffer[:, : self._length]
+
+    @property
+    def most(self) -> int:
+        """New tokens a row that may come."""
+        return _ROOM if self._limit is None else max(0, self._limit - self._length)
 
     @property
     def full(self) -> bool:
@@ -334,25 +348,26 @@ class Graphs:
         return Graphs, ()
 
     @contextmanager
-    def lent(self, model: nn.Module, cache: Any, batch: int, kept: bool) -> Iterator[Steps]:
+    def lent(self, model: nn.Module, cache: Any, behind: Behind, kept: bool) -> Iterator[Steps]:
         """Steps behind a filled cache; afterwards the cache holds their states if it is kept."""
-        steps = Steps(self, model, cache, batch)
+        steps = Steps(self, model, cache, behind)
         try:
             yield steps
         finally:
             steps.close(kept)
 
-    def take(self, model: nn.Module, cache: Any, batch: int) -> tuple[tuple[Any, ...], StepGraph]:
+    def take(self, model: Any, cache: Any, behind: Behind) -> tuple[tuple[Any, ...], StepGraph]:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
-        weights = _signature(model)
-        key = (weights, forced_backend(), tuple((t.shape, t.dtype) for t in _states(cache)))
+        weights, room = _signature(model), FixedAttention.room_for(cache, behind.new)
+        shapes = tuple((t.shape, t.dtype) for t in _states(cache))
+        key = (weights, forced_backend(), shapes, room, str(model.config._attn_implementation))
         with self._lock:
             self._free = [pair for pair in self._free if pair[0][0] == weights]
             for index, (known, graph) in enumerate(self._free):
                 if known == key:
                     del self._free[index]
                     return key, graph
-        return key, StepGraph(model, cache, batch)
+        return key, StepGraph(model, cache, len(behind.positions), room)
 
     def give_back(self, key: tuple[Any, ...], graph: StepGraph) -> None:
         """Keep a step for the next call."""
@@ -363,17 +378,17 @@ class Graphs:
 class Steps:
     """Decode steps behind a cache, the first of which borrows a graph."""
 
-    def __init__(self, graphs: Graphs, model: nn.Module, cache: Any, batch: int) -> None:
+    def __init__(self, graphs: Graphs, model: nn.Module, cache: Any, behind: Behind) -> None:
         """Nothing is recorded before it is needed."""
-        self._graphs, self._model, self._cache, self._batch = graphs, model, cache, batch
+        self._graphs, self._model, self._cache, self._behind = graphs, model, cache, behind
         self._borrowed: tuple[tuple[Any, ...], StepGraph] | None = None
         self._count = 0
 
     def after(self, tokens: Tensor) -> Tensor:
         """The logits (B, 1, V) behind one more token (B,) a row; the next call overwrites them."""
         if self._borrowed is None:
-            key, graph = self._graphs.take(self._model, self._cache, self._batch)
-            graph.load(self._cache)
+            key, graph = self._graphs.take(self._model, self._cache, self._behind)
+            graph.load(self._cache, self._behind)
             self._borrowed = key, graph
         self._count += 1
         return self._borrowed[1].step(tokens)
@@ -383,9 +398,9 @@ class Steps:
         if self._borrowed is None:
             return
         if kept:
-            self._borrowed[1].store(self._cache)
+            self._borrowed[1].store(self._cache, self._count)
             for layer, _ in families.mixers(self._model):
-                LayerCache(self._cache, layer, self._batch).count(self._count)
+                LayerCache(self._cache, layer, len(self._behind.positions)).count(self._count)
         self._graphs.give_back(*self._borrowed)
         self._borrowed = None
 
@@ -393,13 +408,14 @@ class Steps:
 class StepGraph:
     """One decode step of a model, recorded: a token a row in, logits out, states go on in place."""
 
-    def __init__(self, model: nn.Module, cache: Any, batch: int) -> None:
-        """Record it, with states of the shapes that `cache` holds.
+    def __init__(self, model: nn.Module, cache: Any, batch: int, room: int) -> None:
+        """Record it, with states of the shapes that `cache` holds, and room for so many tokens.
 
         Raises:
             WidefieldError: if it cannot be recorded.
         """
-        self._cache = copy.deepcopy(cache)
+        self._attention = FixedAttention(model, cache, room) if room else None
+        self._cache = copy.deepcopy(cache) if self._attention is None else self._attention.cache
         self._states = _states(self._cache)
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self._states[0].device)
         self._record(model)
@@ -425,17 +441,26 @@ class StepGraph:
 
     def _forward(self, model: nn.Module) -> Tensor:
         arguments = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
-        return model(input_ids=self._tokens, return_dict=True, **arguments).logits
+        if self._attention is not None:
+            arguments |= self._attention.arguments()
+        logits = model(input_ids=self._tokens, return_dict=True, **arguments).logits
+        if self._attention is not None:
+            self._attention.advance()
+        return logits
 
-    def load(self, cache: Any) -> None:
+    def load(self, cache: Any, behind: Behind) -> None:
         """Start behind the states of a cache."""
         for ours, theirs in zip(self._states, _states(cache), strict=True):
             ours.copy_(theirs)
+        if self._attention is not None:
+            self._attention.load(cache, behind)
 
-    def store(self, cache: Any) -> None:
-        """Write the states behind the last step into a cache."""
+    def store(self, cache: Any, count: int) -> None:
+        """Write the states behind the last of so many steps into a cache."""
         for ours, theirs in zip(self._states, _states(cache), strict=True):
             theirs.copy_(ours)
+        if self._attention is not None:
+            self._attention.store(cache, count)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The logits (B, 1, V) behind tokens (B,), in a tensor that the next step overwrites."""
@@ -445,10 +470,11 @@ class StepGraph:
 
 
 def _states(cache: Any) -> list[Tensor]:
-    """The tensors of a cache, in order."""
+    """The tensors of a cache that have one size, in order."""
     return [
         tensor
         for entry in cache.layers
+        if hasattr(entry, "conv_states")
         for states in (entry.conv_states, entry.recurrent_states)
         for tensor in states.values()
     ]

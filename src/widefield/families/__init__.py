@@ -23,15 +23,19 @@ from widefield.families._context import (
     check_covers,
     read_padding,
 )
+from widefield.families._fixed import Behind, FixedAttention, attends, what_attention_needs
 from widefield.plan import ModelLayout
 
 __all__ = [
     "SUPPORTED",
+    "Behind",
     "ChunkedPrefill",
+    "FixedAttention",
     "LayerCache",
     "Link",
     "Observer",
     "Padding",
+    "attends",
     "chain_blocks",
     "check_covers",
     "counted_attention",
@@ -42,6 +46,7 @@ __all__ = [
     "read_padding",
     "swaps",
     "weights_fingerprint",
+    "what_attention_needs",
 ]
 
 # mixer class → (module of transformers that defines it, module here that replaces it)
