@@ -168,11 +168,13 @@ def sample(
         What transformers' loop returns: (B, L + new) tokens, or an output with them.
     """
     choice = Choice(input_ids, logits_processor, stopping_criteria, generation_config)
+    if choice.most is None and families.attends(_template(model)):
+        raise _refused("max_new_tokens, since attention layers get room for that many")
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache, logits = _cache_of(outputs), outputs.logits
     kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     del outputs  # else the logits of the whole prompt would stay as long as the loop runs
-    news, behind = News(choice, streamer), _behind(input_ids, choice.most, model_kwargs)
+    news, behind = News(choice, streamer), _behind(input_ids, choice.most or 0, model_kwargs)
     with model.widefield.graphs.lent(model, cache, behind, kept) as steps:
         while True:
             choice.take(logits)
@@ -246,9 +248,9 @@ class Choice:
         return self._buffer[:, : self._length]
 
     @property
-    def most(self) -> int:
-        """New tokens a row that may come."""
-        return _ROOM if self._limit is None else max(0, self._limit - self._length)
+    def most(self) -> int | None:
+        """New tokens a row that may come; None for any number."""
+        return None if self._limit is None else max(0, self._limit - self._length)
 
     @property
     def full(self) -> bool:
