@@ -43,6 +43,7 @@ _GPU = "cuda"
 _COMPARED = (bool, int, float, str, type(None))
 _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
+_GROWS = "a cache that does not grow, and attention layers keep the keys of every token"
 _recording = threading.Lock()
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
 
@@ -68,13 +69,18 @@ def check_model(model: nn.Module) -> None:
     Raises:
         WidefieldError: saying why.
     """
-    needed = what_graph_needs(model)
+    needed = what_graph_needs(model, attention=True)
     if needed is not None:
         raise _refused(needed)
 
 
-def what_graph_needs(model: nn.Module) -> str | None:
-    """What an extended model lacks for its decode step to be recorded, or None."""
+def what_graph_needs(model: nn.Module, *, attention: bool = False) -> str | None:
+    """What an extended model lacks for what it does to be recorded, or None.
+
+    Args:
+        model: extended.
+        attention: whether attention layers are given a cache of one size.
+    """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         return f"the whole model on one GPU, this one is spread over {_names(devices)}"
@@ -85,9 +91,7 @@ def what_graph_needs(model: nn.Module) -> str | None:
         return "a model that is not compiled, and model.compile() was called on this one"
     template = _template(model)
     if families.attends(template):
-        if model.__dict__["widefield"].drops_tokens:
-            return "attention layers that hold every token, and a method drops some"
-        needed = families.what_attention_needs(model, template)
+        needed = _attention_needs(model, template) if attention else _GROWS
         if needed is not None:
             return needed
     own = model.__dict__["_widefield_hook"].id
@@ -99,6 +103,12 @@ def what_graph_needs(model: nn.Module) -> str | None:
                 f"{name or type(model).__name__} has some"
             )
     return None
+
+
+def _attention_needs(model: nn.Module, template: DynamicCache) -> str | None:
+    if model.__dict__["widefield"].drops_tokens:
+        return "attention layers that hold every token, and a method drops some"
+    return families.what_attention_needs(model, template)
 
 
 def check_mode(mode: GenerationMode, config: Any, arguments: dict[str, Any]) -> None:

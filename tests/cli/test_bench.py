@@ -109,7 +109,7 @@ def test_a_model_that_cannot_be_recorded_is_told_once(
     wf: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "_GPU", "cpu")
-    monkeypatch.setattr(decoding, "what_graph_needs", lambda model: "a model of another kind")
+    monkeypatch.setattr(decoding, "what_graph_needs", lambda *_, **__: "a model of another kind")
     done = wf("bench", *QUICK)
     assert done.code == 0 and "LongMamba" in done.out
     assert done.out.count("– a CUDA graph needs a model of another kind") == 1

@@ -205,7 +205,7 @@ class _Bench:
     def _ungraphed(self, side: Side) -> str | None:
         """Why a side cannot decode through a graph, or None."""
         with self._on(side):
-            needed = decoding.what_graph_needs(self.model)
+            needed = decoding.what_graph_needs(self.model, attention=True)
         return None if needed is None else f"a CUDA graph needs {needed}"
 
     def _ids(self, length: int) -> Tensor:
