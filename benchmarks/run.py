@@ -281,6 +281,8 @@ class ModelBench:
             except Exception as error:
                 found = reason(error)
             self._verdicts[side.name, task, batch] = found
+            off = f"off by {found.error:.2e}" if isinstance(found, _ops.Verdict) else found or ""
+            print(f"{self.name} {task}, judged: {side.name} {off}", file=sys.stderr, flush=True)
         del judge
         release(self.asked.device)
 

@@ -489,6 +489,7 @@ def _states(cache: Any) -> list[Tensor]:
         if hasattr(entry, "conv_states")
         for states in (entry.conv_states, entry.recurrent_states)
         for tensor in states.values()
+        if tensor is not None  # of a block without states, in some versions of transformers
     ]
 
 
