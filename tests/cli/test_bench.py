@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.conftest import CommandLine
 from tests.graphs import rerun_steps
+from tests.models import tiny_mamba
 from widefield import decoding
 from widefield.evaluation import speed
 from widefield.evaluation.speed import Side
@@ -77,6 +78,20 @@ def test_a_side_without_memory_is_a_line_and_the_others_go_on(
     done = wf("bench", *QUICK, "--method", "unmodified")
     assert done.code == 0 and done.out.count("transformers, 64 tokens: out of memory") == 1
     assert "widefield, 64 tokens: 0." in done.out
+
+
+def test_a_prompt_that_fits_nowhere_is_a_line(wf: CommandLine) -> None:
+    done = wf("bench", "--lengths", "99999999m", "--new-tokens", "0")
+    assert done.code == 0 and done.out.count("tokens: out of memory") == 4
+
+
+def test_memory_of_a_short_prompt_says_little_about_a_long_one() -> None:
+    bench = speed._Bench(tiny_mamba(), speed.SpeedGrid((64,)))
+    side = Side("unmodified", ())
+    bench._last[side.name] = speed.Timing(side.name, "prefill", 64, (0.01,), 120 * 10**6)
+    assert bench._hopeless(side, 64 * 1024) is None
+    bench._last[side.name] = speed.Timing(side.name, "prefill", 64, (0.01,), 10**9)
+    assert "out of memory" in str(bench._hopeless(side, 64 * 1024))
 
 
 def test_a_stock_model_that_does_not_run_here_is_a_line(

@@ -34,6 +34,7 @@ STOCK = "stock"
 PREFILL, DECODE, GRAPH = "prefill", "decode", "decode_graph"
 _PROMPT = 16  # tokens before those that are generated
 _GPU = "cuda"
+_FIXED = 128e6  # bytes that a prompt of any length takes: compiled code, buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class _Bench:
 
     def prefills(self, sides: Sequence[Side], length: int) -> Iterator[Timing]:
         """One timing a side; each round runs every side once."""
-        ids = self._ids(length)
+        ids: Tensor | None = None
         failed = {side.name: self._hopeless(side, length) for side in sides}
         runs: dict[str, list[float]] = {side.name: [] for side in sides}
         peaks: dict[str, int | None] = {}
@@ -167,6 +168,7 @@ class _Bench:
             for side in sides:
                 if failed[side.name] is None:
                     with _failures(failed, side, self.device):
+                        ids = self._ids(length) if ids is None else ids
                         seconds, peak = self._prefill(side, ids, watch=turn == 1)
                         if turn == 1:  # compilers have had their memory
                             peaks[side.name] = peak
@@ -258,7 +260,8 @@ class _Bench:
         factor = length / last.tokens
         if last.median * factor > self.grid.limit:
             return f"over {self.grid.limit:.0f} s"
-        if last.peak_bytes is not None and last.peak_bytes * factor > free_memory(self.device):
+        growing = max(0.0, (last.peak_bytes or 0) - _FIXED)
+        if growing * factor > free_memory(self.device):
             return f"out of memory from {length_label(length)} on"
         return None
 
