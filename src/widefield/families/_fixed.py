@@ -78,6 +78,12 @@ class _InPlaceBeside(_InPlace, LinearAttentionAndFullAttentionLayer):
     """The same beside the states of a Mamba layer."""
 
 
+_FIXED: dict[type, type] = {
+    DynamicLayer: _InPlace,
+    LinearAttentionAndFullAttentionLayer: _InPlaceBeside,
+}
+
+
 class FixedAttention:
     """The attention of a cache of one size.
 
@@ -110,7 +116,7 @@ class FixedAttention:
         self._mask = torch.full(shape, self._hidden, dtype=dtype, device=keys.device)
         self._held = 0
         for entry in _filled(self.cache):
-            entry.__class__ = _InPlace if type(entry) is DynamicLayer else _InPlaceBeside
+            entry.__class__ = _FIXED[type(entry)]
             entry.widefield_place = self._place
 
     @staticmethod
