@@ -295,6 +295,15 @@ def test_new_methods_and_a_restored_model_start_anew(calibration: wf.Calibration
         generated(model, cuda_graph=True)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "bamba"])
+def test_a_step_is_recorded_for_inference_mode_and_for_outside_of_it(kind: str) -> None:
+    model = extended(kind)
+    plain = generated(model)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            assert torch.equal(generated(model, cuda_graph=True), plain)
+
+
 def test_a_copy_of_a_model_has_graphs_of_its_own() -> None:
     model = extended()
     generated(model, cuda_graph=True)

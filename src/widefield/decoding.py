@@ -372,7 +372,9 @@ class Graphs:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
         weights, room = _signature(model), FixedAttention.room_for(cache, behind.new)
         shapes = tuple((t.shape, t.dtype) for t in _states(cache))
-        key = (weights, forced_backend(), shapes, room, str(model.config._attn_implementation))
+        kind = str(model.config._attn_implementation)
+        # Outside of inference mode nothing can be written into tensors that were made inside.
+        key = (weights, forced_backend(), shapes, room, kind, torch.is_inference_mode_enabled())
         with self._lock:
             self._free = [pair for pair in self._free if pair[0][0] == weights]
             for index, (known, graph) in enumerate(self._free):
