@@ -238,8 +238,8 @@ class _Bench:
         ids = self._ids(_PROMPT)
         graph = {"cuda_graph": True} if task == GRAPH else {}
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-            min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=streamer, **graph,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=None,
+            do_sample=False, pad_token_id=0, streamer=streamer, **graph,
         )  # fmt: skip
 
     @contextmanager
