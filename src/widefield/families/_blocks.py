@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widefield import ops
 from widefield.families._attention import fit_mask
-from widefield.families._context import Left, left_of, mark_left
+from widefield.families._context import Left, is_bare, left_of, mark_left
 from widefield.families._mixer import Mixer, Turn, steps_in_few_kernels
 from widefield.families._norms import Norm
 
@@ -42,19 +42,25 @@ class DroppingBlock(nn.Module):
         left = left_of(hidden_states)
         if left is not None:
             kwargs["widefield_left"] = left
+        if not self.training and is_bare(self):
+            return self.run(hidden_states, *args, **kwargs)
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def forward(
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
+        return self.run(hidden_states, *args, **kwargs)
+
+    def run(
         self, hidden_states: Tensor, *args: Any, widefield_left: Left | None = None, **kwargs: Any
     ) -> Any:
-        """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
+        """The same without what transformers puts around a forward."""
         if hidden_states.shape[1] == 0:
             return hidden_states  # an earlier layer holds the tokens back until the last chunk
         left = widefield_left
-        for child in self.children():
+        for child in self._modules.values():
             if isinstance(child, Mixer):
                 return self._mixed(child, hidden_states, left, args, kwargs)
-            if hasattr(child, "q_proj"):
+            if child is not None and "q_proj" in child._modules:
                 kwargs = fit_mask(child, hidden_states, left, kwargs)
         return mark_left(self.body(hidden_states, *args, **kwargs), left)
 
@@ -104,7 +110,7 @@ class ResidualBlock(DroppingBlock):
         follower = self.__dict__.get("_widefield_follower")
         dtype = torch.promote_types(hidden_states.dtype, out.dtype)
         dtype = torch.promote_types(dtype, torch.float32) if self.residual_in_fp32 else dtype
-        if isinstance(follower, Norm) and _is_seen_by_nobody(follower) and not out.is_inference():
+        if isinstance(follower, Norm) and is_bare(follower) and not out.is_inference():
             return _add_and_norm(hidden_states, out, follower, dtype)
         return hidden_states.to(dtype) + out
 
@@ -116,12 +122,6 @@ def chain_blocks(model: nn.Module) -> None:
             for block, following in itertools.pairwise(stack):
                 if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
                     block.__dict__["_widefield_follower"] = following.norm  # not its submodule
-
-
-def _is_seen_by_nobody(module: nn.Module) -> bool:
-    """Whether calling a module is nothing but its forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not (hooks or "_old_forward" in vars(module))
 
 
 def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import LinearAttentionLayer
 
 from widefield.errors import WidefieldError
@@ -26,6 +28,59 @@ def uncompiled(function: Function) -> Function:
     Kernels of our own are none that it could compile, and Python objects go between layers.
     """
     return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward of its class and nothing else."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+        return False
+    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        return False
+    return not (_has_any_global_hook() or own["_backward_pre_hooks"] or is_compiling())
+
+
+class _Derived:
+    """What was made of a weight, and which weight that was; copies of a model start without it."""
+
+    def __init__(self, weight: Tensor, value: Tensor) -> None:
+        # The alias keeps the memory, so that no other weight can come to lie where this one was.
+        self.weight, self.alias, self.version = weight, weight.detach(), weight._version
+        self.value = value
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still what it was."""
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.alias.data_ptr() == weight.data_ptr()
+            and self.alias.dtype == weight.dtype
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def derived(
+    module: nn.Module, name: str, weight: Tensor, make: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `make` makes of a weight, kept in a module until the weight changes.
+
+    In training it is made anew each time, and so is what has no version to be known by.
+    """
+    if module.training or torch.is_grad_enabled() or weight.is_inference():
+        return make(weight)
+    kept = module.__dict__.get(f"_widefield_{name}")
+    if kept is not None and kept.fits(weight):
+        return kept.value
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(weight)  # what is being recorded has no values yet
+    with torch.inference_mode(False), torch.no_grad():
+        kept = _Derived(weight, make(weight))
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()  # other streams will read it, too
+    module.__dict__[f"_widefield_{name}"] = kept
+    return kept.value
 
 
 class Link(Protocol):

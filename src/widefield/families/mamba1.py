@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import ops
-from widefield.families._context import LayerCache
-from widefield.families._mixer import Mixer, run_with
+from widefield.families._context import LayerCache, derived
+from widefield.families._mixer import Mixer, linear, run_with
 from widefield.families._norms import Norm
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -30,15 +30,13 @@ class Mamba1Mixer(Mixer):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The input x of the convolution and the gate z, (B, L, D) each, of (B, L, H)."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = linear(self.in_proj, hidden_states).chunk(2, dim=-1)
         return x, z
 
     def selective_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw Δ (B, L, D) without bias, B (B, L, N) and C (B, L, N) of the convolved x."""
-        low_rank, B, C = torch.split(
-            self.x_proj(x),
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size],
-            dim=-1,
+        low_rank, B, C = linear(self.x_proj, x).split_with_sizes(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         low_rank, B, C = self.norm_inputs(low_rank, B, C)
         return self.project_delta(low_rank), B, C
@@ -69,7 +67,7 @@ class Mamba1Mixer(Mixer):
     @property
     def rates(self) -> Tensor:
         """A (D, N), negative, in float32."""
-        return -torch.exp(self.A_log.float()).flatten(0, -2)
+        return derived(self, "rates", self.A_log, _rates)
 
     def read(
         self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
@@ -153,6 +151,10 @@ class Mamba1Mixer(Mixer):
         return self.added(y, hidden_states, dtype)
 
     forward = run_with("conv1d", "dt_proj")
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    return -torch.exp(A_log.float()).flatten(0, -2)
 
 
 class NormedMamba1Mixer(Mamba1Mixer):

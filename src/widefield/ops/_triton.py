@@ -6,11 +6,16 @@ than many a launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
+_INT32 = (1 << 31) - 1
 
 
 def blocks(length: int, size: int) -> int:
@@ -21,6 +26,55 @@ def blocks(length: int, size: int) -> int:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least as large."""
     return 1 << (number - 1).bit_length()
+
+
+class Variant:
+    """A kernel with its constants, launched without asking Triton each time how to compile it.
+
+    Triton looks at every argument of every call. Calls with tensors of the same dtypes and
+    alignment and with numbers of the same kind run the same machine code: it is kept, and launched
+    by the launcher that Triton makes for it.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        """Choose the constants, which stand behind all other parameters, in the kernel's order.
+
+        Args:
+            kernel: a function under `triton.jit`.
+            constants: its `constexpr` parameters.
+            **options: of the launch, e.g. `num_warps`.
+        """
+        self._kernel, self._given = kernel, constants | options
+        self._constants = tuple(constants.values())
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int]
+    ) -> None:
+        """Launch on the current device, which holds the tensors.
+
+        Args:
+            grid: how many programs.
+            tensors: the kernel's first parameters.
+            numbers: those that follow.
+        """
+        pointers = [t.data_ptr() for t in tensors]
+        aligned = 0
+        for pointer in pointers:
+            aligned |= pointer
+        if aligned % 16:
+            self._kernel[grid](*tensors, *numbers, **self._given)
+            return
+        # What Triton compiles for: multiples of 16, ones, and numbers beyond 32 bits.
+        kinds = [(n % 16 == 0) + 2 * (n == 1) + 4 * (n > _INT32) for n in numbers]
+        key = (tensors[0].get_device(), *[t.dtype for t in tensors], *kinds)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._kernel[grid](*tensors, *numbers, **self._given)
+            if isinstance(compiled, triton.compiler.CompiledKernel):
+                self._compiled[key] = compiled
+            return
+        compiled[grid](*pointers, *numbers, *self._constants)
 
 
 @triton.jit

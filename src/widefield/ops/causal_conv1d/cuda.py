@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from widefield.ops._triton import blocks, power_of_two
+from widefield.ops._backend import on_device_of
+from widefield.ops._triton import Variant, blocks, power_of_two
 from widefield.ops.causal_conv1d import reference
 
 _TIME = 64
@@ -226,6 +228,18 @@ def _input_gradient(
     )
 
 
+@functools.cache
+def _variant(
+    width: int, HAS_BIAS: bool, HAS_STATE: bool, PACKED: bool, SILU: bool, K: int
+) -> Variant:
+    """The forward for one kind of call."""
+    constants = {
+        "HAS_BIAS": HAS_BIAS, "HAS_STATE": HAS_STATE, "PACKED": PACKED, "SILU": SILU, "K": K,
+        "SEGMENT": _SEGMENT, "AHEAD": _AHEAD, "WIDTH": width,
+    }  # fmt: skip
+    return Variant(_forward, constants, num_warps=_WARPS)
+
+
 class _Call:
     """The tensors of one call, as the kernels read them."""
 
@@ -250,15 +264,13 @@ class _Call:
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs, and the last K inputs unless sequences are packed."""
         batch, length, channels = x.shape
-        y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
-        last = torch.empty(batch, channels, weight.shape[1], dtype=x.dtype, device=x.device)
+        y = x.new_empty(batch, length, channels)
+        last = x.new_empty(batch, channels, weight.shape[1])
         width = min(_WIDTH, power_of_two(channels))
         grid = (blocks(length, _SEGMENT), blocks(channels, width), batch)
-        with torch.cuda.device_of(x):
-            _forward[grid](
-                x, weight, self.bias, self.state, *self.packing, y, last, *self.common,
-                **self.switches, SEGMENT=_SEGMENT, AHEAD=_AHEAD, WIDTH=width, num_warps=_WARPS,
-            )  # fmt: skip
+        tensors = (x, weight, self.bias, self.state, *self.packing, y, last)
+        with on_device_of(x):
+            _variant(width, **self.switches).launch(grid, tensors, self.common)
         return y, last
 
     def backward(self, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

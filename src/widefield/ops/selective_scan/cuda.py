@@ -11,6 +11,7 @@ states inside each, and never stores all of them.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -503,8 +504,12 @@ def _are_many(inputs: ScanInputs) -> bool:
     Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
     """
     rows, channels = wide.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
-    chip = torch.cuda.get_device_properties(inputs.x.device)
-    return rows * channels >= 4 * 32 * chip.multi_processor_count
+    return rows * channels >= 4 * 32 * _multiprocessors(inputs.x.get_device())
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:

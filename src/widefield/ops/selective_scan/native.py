@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
+from widefield.ops._backend import on_device_of
 from widefield.plan import LayerPlan, ScanInputs
 
 __all__ = ["Layout", "selective_scan", "supports"]
@@ -109,15 +110,14 @@ def supports(inputs: ScanInputs) -> bool:
     rows = x.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
     if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and rows < 1 << 16):
         return False
-    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
-    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
-    return (
-        all(t.dtype in _KINDS for t in large + small)
-        and all(t.stride(1) < _FAR for t in large)
-        and inputs.A.dtype == torch.float32
-        and _capable(x.device.index)
-        and _nvrtc.available(x.device.index)
-    )
+    for tensor in (x, inputs.delta, inputs.B, inputs.C, inputs.z):
+        if tensor is not None and not (tensor.dtype in _KINDS and tensor.stride(1) < _FAR):
+            return False
+    for tensor in (inputs.D, inputs.delta_bias):
+        if tensor is not None and tensor.dtype not in _KINDS:
+            return False
+    device = x.get_device()
+    return inputs.A.dtype == torch.float32 and _capable(device) and _nvrtc.available(device)
 
 
 def selective_scan(
@@ -133,8 +133,11 @@ def selective_scan(
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    with torch.cuda.device_of(inputs.x), torch.no_grad():
-        return _Call(inputs, plan).run(layout)
+    with on_device_of(inputs.x):
+        if not torch.is_grad_enabled():
+            return _Call(inputs, plan).run(layout)
+        with torch.no_grad():
+            return _Call(inputs, plan).run(layout)
 
 
 class _Call:
@@ -156,16 +159,14 @@ class _Call:
         if self.ends is not None:
             rows = len(self.ends) - 1
         states = self.A.shape[1]
-        if layout is None:
-            table = self.layouts(states)
-            layout = _layout(x.device.index, rows, channels, states, table)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        final = torch.empty(rows, channels, states, dtype=torch.float32, device=x.device)
-        kernel = _kernel(
-            x.device.index, layout, states, self.kinds(), self.flags(), self.ends_kind()
-        )
-        grid = (-(-channels // layout.channels), rows, 1)
-        kernel.launch(grid, self.parameters(y, final))
+        layouts = layout or self.layouts(states)
+        y = x.new_empty(x.shape)
+        final = x.new_empty((rows, channels, states), dtype=torch.float32)
+        kernel, width = _variant(
+            x.get_device(), rows, channels, states, layouts, self.kinds(), self.flags(),
+            self.ends_kind(),
+        )  # fmt: skip
+        kernel.launch((-(-channels // width), rows, 1), self.parameters(y, final))
         return y, final
 
     def layouts(self, states: int) -> str:
@@ -177,7 +178,7 @@ class _Call:
 
     def kinds(self) -> tuple[int, ...]:
         read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
-        return tuple(0 if t is None else _KINDS[t.dtype] for t in read)
+        return tuple([0 if t is None else _KINDS[t.dtype] for t in read])
 
     def flags(self) -> tuple[bool, ...]:
         large = (self.x, self.delta, self.z)
@@ -206,14 +207,33 @@ class _Call:
             *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
             self.initial, self.valid, self.ends, y, final,
         )  # fmt: skip
+        one = self.x.shape[0] == 1
         return _Parameters(
-            *(0 if t is None else t.data_ptr() for t in pointers),
-            *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
-            *(0 if t is None else t.stride(1) for t in strided),
+            *[0 if t is None else t.data_ptr() for t in pointers],
+            *[0 if t is None or one else t.stride(0) for t in strided],
+            *[0 if t is None else t.stride(1) for t in strided],
             self.x.shape[1],
             self.x.shape[2],
-            *(0 if t is None or t.ndim == 1 else t.shape[1] for t in pointers[8:11]),
+            *[0 if t is None or t.ndim == 1 else t.shape[1] for t in pointers[8:11]],
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _variant(
+    device: int,
+    rows: int,
+    channels: int,
+    states: int,
+    layouts: str | Layout,
+    kinds: tuple[int, ...],
+    flags: tuple[bool, ...],
+    ends: int,
+) -> tuple[_nvrtc.Kernel, int]:
+    """The kernel for one kind of call, and the channels of a block of it."""
+    layout = layouts
+    if isinstance(layout, str):
+        layout = _layout(device, rows, channels, states, layout)
+    return _kernel(device, layout, states, kinds, flags, ends), layout.channels
 
 
 @functools.lru_cache(maxsize=256)
