@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,24 @@ from widefield.families import LayerCache
 from widefield.ops import forced_backend, overlapping
 from widefield.prefilling import cache_name
 
-__all__ = ["Graphs", "check_mode", "check_model", "graph_wanted", "is_wanted", "sample"]
+__all__ = [
+    "Graphs",
+    "check_mode",
+    "check_model",
+    "graph_wanted",
+    "is_wanted",
+    "record",
+    "sample",
+    "states_of",
+    "what_graph_needs",
+]
 
 _GPU = "cuda"
 _COMPARED = (bool, int, float, str, type(None))
 _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
 _recording = threading.Lock()
+Result = TypeVar("Result")
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
 
 
@@ -60,28 +71,35 @@ def check_model(model: nn.Module) -> None:
     Raises:
         WidefieldError: saying why.
     """
+    needed = what_graph_needs(model)
+    if needed is not None:
+        raise _refused(needed)
+
+
+def what_graph_needs(model: nn.Module) -> str | None:
+    """What an extended model lacks for its decode step to be recorded, or None."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise _refused(f"the whole model on one GPU, this one is spread over {_names(devices)}")
+        return f"the whole model on one GPU, this one is spread over {_names(devices)}"
     (device,) = devices
     if device.type != _GPU:
-        raise _refused(f"a model on a GPU, this one is on {device}: move it with model.to('cuda')")
+        return f"a model on a GPU, this one is on {device}: move it with model.to('cuda')"
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        raise _refused("a model that is not compiled, and model.compile() was called on this one")
-    for entry in _template(model).layers:
-        if type(entry) is not LinearAttentionLayer:
-            raise _refused(
-                f"a cache that does not grow, and the attention layers of {type(model).__name__} "
-                "keep the keys of every token"
-            )
+        return "a model that is not compiled, and model.compile() was called on this one"
+    if any(type(entry) is not LinearAttentionLayer for entry in _template(model).layers):
+        return (
+            f"a cache that does not grow, and the attention layers of {type(model).__name__} "
+            "keep the keys of every token"
+        )
     own = model.__dict__["_widefield_hook"].id
     for name, module in model.named_modules():
         hooks = {*module._forward_hooks, *module._forward_pre_hooks}
         if hooks - {own} or (module is not model and own in hooks):
-            raise _refused(
+            return (
                 f"modules without forward hooks, which a replay does not call, and "
                 f"{name or type(model).__name__} has some"
             )
+    return None
 
 
 def check_mode(mode: GenerationMode, config: Any, arguments: dict[str, Any]) -> None:
@@ -330,7 +348,7 @@ class Graphs:
     def take(self, model: nn.Module, cache: Any, batch: int) -> tuple[tuple[Any, ...], StepGraph]:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
         weights = _signature(model)
-        key = (weights, forced_backend(), tuple((t.shape, t.dtype) for t in _states(cache)))
+        key = (weights, forced_backend(), tuple((t.shape, t.dtype) for t in states_of(cache)))
         with self._lock:
             self._free = [pair for pair in self._free if pair[0][0] == weights]
             for index, (known, graph) in enumerate(self._free):
@@ -385,28 +403,17 @@ class StepGraph:
             WidefieldError: if it cannot be recorded.
         """
         self._cache = copy.deepcopy(cache)
-        self._states = _states(self._cache)
+        self._states = states_of(self._cache)
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self._states[0].device)
         self._record(model)
 
     def _record(self, model: nn.Module) -> None:
-        # One at a time: torch records all graphs on one stream and waits for the whole GPU before.
-        with _recording, torch.cuda.device(self._tokens.device), overlapping():
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                for _ in range(2):  # kernels are compiled and workspaces made outside the recording
-                    self._forward(model)
-            current.wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._logits = self._forward(model)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                what = str(error).splitlines()[0]
-                raise _refused(f"a step that CUDA can record, and this one fails: {what}") from None
+        with overlapping():
+            self._graph, self._logits = record(
+                lambda: self._forward(model),
+                self._tokens.device,
+                lambda why: _refused(f"a step that CUDA can record, and this one fails: {why}"),
+            )
 
     def _forward(self, model: nn.Module) -> Tensor:
         arguments = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
@@ -414,12 +421,12 @@ class StepGraph:
 
     def load(self, cache: Any) -> None:
         """Start behind the states of a cache."""
-        for ours, theirs in zip(self._states, _states(cache), strict=True):
+        for ours, theirs in zip(self._states, states_of(cache), strict=True):
             ours.copy_(theirs)
 
     def store(self, cache: Any) -> None:
         """Write the states behind the last step into a cache."""
-        for ours, theirs in zip(self._states, _states(cache), strict=True):
+        for ours, theirs in zip(self._states, states_of(cache), strict=True):
             theirs.copy_(ours)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -429,7 +436,39 @@ class StepGraph:
         return self._logits
 
 
-def _states(cache: Any) -> list[Tensor]:
+def record(
+    run: Callable[[], Result], device: torch.device, refused: Callable[[str], WidefieldError]
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record what a function does on a GPU.
+
+    Args:
+        run: works on tensors that stay where they are.
+        device: the GPU.
+        refused: makes the error, of CUDA's reason, where it cannot be recorded.
+
+    Returns:
+        What replays it, and what the function returned, whose tensors each replay fills anew.
+    """
+    # One at a time: torch records all graphs on one stream and waits for the whole GPU before.
+    with _recording, torch.cuda.device(device):
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # kernels are compiled and workspaces made outside the recording
+                run()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise refused(str(error).splitlines()[0]) from None
+        return graph, result
+
+
+def states_of(cache: Any) -> list[Tensor]:
     """The tensors of a cache, in order."""
     return [
         tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from widefield.families import ChunkedPrefill, LayerCache, Padding, read_padding
 __all__ = ["cache_name", "in_chunks", "prefill"]
 
 Progress = Callable[[int, int], None]
+Replayed = Callable[[Any, Any, ChunkedPrefill, int], AbstractContextManager[Any]]
 
 
 @torch.no_grad()
@@ -29,6 +31,7 @@ def prefill(
     context_length: int | None = None,
     cache: Any | None = None,
     progress: Progress | None = None,
+    cuda_graph: bool = False,
 ) -> Any:
     """Read a prompt in chunks into a cache, as exactly as in one pass.
 
@@ -45,6 +48,10 @@ def prefill(
             None for what the cache holds and the prompt together. At least as much as that.
         cache: a transformers cache to continue from, filled in place; None for a new one.
         progress: called after each chunk with the tokens of a row read so far and those in all.
+        cuda_graph: record a chunk once on a GPU and replay it for all others of its length, in this
+            prompt and in later ones. The same numbers, sooner where launching kernels takes
+            longest: short chunks of small models. What is left over, and chunks with padding, run
+            as without. For models whose cache does not grow, and methods that keep all tokens.
 
     Returns:
         The model's own output: `.logits` (B, 1, V) of the last token, and the filled cache as
@@ -52,7 +59,8 @@ def prefill(
         `generate()` or a second turn can go on.
 
     Raises:
-        WidefieldError: if the model is not extended, has no head, or an argument is out of range.
+        WidefieldError: if the model is not extended, has no head, an argument is out of range, or a
+            graph is asked for where there can be none.
     """
     if "widefield" not in model.__dict__:
         raise WidefieldError(
@@ -67,7 +75,14 @@ def prefill(
     _check_ids(input_ids)
     inputs = {"input_ids": input_ids, "use_cache": True, cache_name(model): cache}
     inputs |= _masks(model, attention_mask, input_ids, cache)
-    return in_chunks(model, inputs, chunk_size, context_length=context_length, progress=progress)
+    return in_chunks(
+        model,
+        inputs,
+        chunk_size,
+        context_length=context_length,
+        progress=progress,
+        replayed=model.widefield.recordings.replayed if cuda_graph else None,
+    )
 
 
 def in_chunks(
@@ -77,6 +92,7 @@ def in_chunks(
     *,
     context_length: int | None = None,
     progress: Progress | None = None,
+    replayed: Replayed | None = None,
 ) -> Any:
     """Call an extended model with one chunk of its arguments after the other.
 
@@ -86,6 +102,8 @@ def in_chunks(
         chunk_size: tokens of each row a call.
         context_length: as in `prefill`.
         progress: as in `prefill`.
+        replayed: gives what is called in place of the model for the length of the prefill, from the
+            model, the prefill and the tokens of a chunk; None = the model itself.
 
     Returns:
         The output of the last call.
@@ -108,18 +126,32 @@ def in_chunks(
         arguments[cache_name(model)] = cache
     padding = read_padding(arguments.get("attention_mask"), length)
     new = _announced(model, cache, padding, _tokens(arguments).shape[0], context_length)
-    cache.widefield_prefill = chunked = ChunkedPrefill(new, padding)
-    outputs = None
-    try:
+    chunked = ChunkedPrefill(new, padding)
+    outputs, size = None, min(chunk_size, length)
+    with _announcing(cache, chunked), (replayed or _itself)(model, cache, chunked, size) as forward:
         for start in range(0, length, chunk_size):
             part = slice(start, min(start + chunk_size, length))
             chunked.padding, chunked.last = _part(padding, part), part.stop == length
-            outputs = model(**_chunk(model, arguments, part, length))
+            outputs = forward(**_chunk(model, arguments, part, length))
             if progress is not None:
                 progress(part.stop, length)
+    return outputs
+
+
+def _itself(
+    model: Any, cache: Any, chunked: ChunkedPrefill, size: int
+) -> AbstractContextManager[Any]:
+    return nullcontext(model)
+
+
+@contextmanager
+def _announcing(cache: Any, chunked: ChunkedPrefill) -> Iterator[None]:
+    """Let the layers see on the cache that a prefill comes in chunks."""
+    cache.widefield_prefill = chunked
+    try:
+        yield
     finally:
         del cache.widefield_prefill
-    return outputs
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

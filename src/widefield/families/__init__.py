@@ -21,6 +21,7 @@ from widefield.families._context import (
     Observer,
     Padding,
     check_covers,
+    check_finite,
     read_padding,
 )
 from widefield.plan import ModelLayout
@@ -34,6 +35,7 @@ __all__ = [
     "Padding",
     "chain_blocks",
     "check_covers",
+    "check_finite",
     "counted_attention",
     "describe",
     "fingerprint",

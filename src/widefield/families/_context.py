@@ -70,7 +70,8 @@ def derived(
     """
     if module.training or torch.is_grad_enabled() or weight.is_inference():
         return make(weight)
-    kept = module.__dict__.get(f"_widefield_{name}")
+    known = module.__dict__.setdefault("_widefield_derived", {})
+    kept = known.get(name)
     if kept is not None and kept.fits(weight):
         return kept.value
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -79,7 +80,7 @@ def derived(
         kept = _Derived(weight, make(weight))
     if weight.is_cuda:
         torch.cuda.current_stream(weight.device).synchronize()  # other streams will read it, too
-    module.__dict__[f"_widefield_{name}"] = kept
+    known[name] = kept
     return kept.value
 
 
@@ -203,6 +204,8 @@ class ChunkedPrefill:
         last: whether the current chunk is the last.
         seen: by layer, what it had consumed before the first chunk.
         survivors: by decimating layer, what it may keep of the chunks so far.
+        recorded: the plans, by layer, where a chunk is run to be recorded: nothing may wait for the
+            GPU then, and whoever replays it answers for the state; else None.
     """
 
     new: tuple[int, ...]
@@ -210,6 +213,7 @@ class ChunkedPrefill:
     last: bool = False
     seen: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
     survivors: dict[int, Survivors] = field(default_factory=dict)
+    recorded: dict[int, LayerPlan | None] | None = None
 
 
 class LayerCache:
@@ -270,6 +274,11 @@ class LayerCache:
     def decodes(self, length: int, dropped: bool) -> bool:
         """Whether the `length` tokens at hand are a decode step, and not a prefill."""
         return self.filled and length == 1 and self.chunked is None and not dropped
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the forward at hand is run to be recorded."""
+        return self.chunked is not None and self.chunked.recorded is not None
 
     def more_to_come(self, dropped: bool) -> bool:
         """Whether later chunks of this prefill reach this layer; behind a decimation none do."""
@@ -395,9 +404,24 @@ def plan_of(
     """
     if past is None:
         return link.plan(layer, (0,), padding.lengths, device)
+    if past.chunked is not None and past.chunked.recorded is not None:
+        return past.chunked.recorded[layer]
     if past.chunked is None or dropped:
         return link.plan(layer, past.seen, padding.lengths, device)
     return link.plan(layer, past.seen_before, past.chunked.new, device)
+
+
+def check_finite(state: Tensor, layer: int) -> None:
+    """Refuse a state behind a scan that is not finite.
+
+    Raises:
+        WidefieldError: naming the likely causes.
+    """
+    if not bool(torch.isfinite(state).all()):
+        raise WidefieldError(
+            f"layer {layer}: the state is not finite after the scan (non-finite Δ "
+            "or input); check the model's weights and its dtype (float32 is safest)"
+        )
 
 
 def check_whole(past: LayerCache | None, layer: int) -> None:

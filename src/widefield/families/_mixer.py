@@ -19,6 +19,7 @@ from widefield.families._context import (
     Left,
     Link,
     Padding,
+    check_finite,
     check_whole,
     is_bare,
     padding_of,
@@ -364,11 +365,8 @@ class Mixer(nn.Module):
         self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
     ) -> None:
         """Check the state behind the last token and leave it in the cache."""
-        if self._is_checked(turn, state) and not bool(torch.isfinite(state).all()):
-            raise WidefieldError(
-                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
-                "or input); check the model's weights and its dtype (float32 is safest)"
-            )
+        if self._is_checked(turn, state):
+            check_finite(state, self.layer_idx)
         if turn.past is not None:
             turn.past.store(conv_state, self.cached(state), lengths)
 
@@ -377,7 +375,7 @@ class Mixer(nn.Module):
 
         A state that is not finite makes all that follows it so, up to the last layer's state.
         """
-        if turn.plan is None:
+        if turn.plan is None or (turn.past is not None and turn.past.is_recorded):
             return False
         if state.is_cpu:
             return turn.plan.touches_scan
