@@ -212,6 +212,7 @@ def _install(model: nn.Module, extension: Extension) -> None:
     families.chain_blocks(model)
     for _, mixer in families.mixers(model):
         mixer._widefield = extension  # type: ignore[assignment]
+        mixer.__dict__["_widefield_derived"] = {}
     if "widefield" not in model.__dict__:
         model.__class__ = _extended_class(type(model))
         model.__dict__["_widefield_hook"] = model.register_forward_pre_hook(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -155,7 +156,13 @@ def _announcing(cache: Any, chunked: ChunkedPrefill) -> Iterator[None]:
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+    return _parameters_of(getattr(model.forward, "__func__", model.forward))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Of a function; to read them takes longer than to launch a recorded prefill."""
+    return inspect.signature(forward).parameters
 
 
 def cache_name(model: nn.Module) -> str:
@@ -177,11 +184,12 @@ def _check_ids(input_ids: Tensor) -> None:
 
 
 def _check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    for _, mixer in families.mixers(model):
-        if not getattr(mixer, "reads_chunks", False):
+    theirs = families.swaps()
+    for module in model.modules():
+        if type(module) in theirs and hasattr(module, "A_log"):
             raise WidefieldError(
-                f"{families.original_class(mixer).__name__} layers cannot be prefilled in chunks: "
-                "prefill the whole prompt in one pass"
+                f"{type(module).__name__} layers that came after wf.extend(model) forget their "
+                "state between chunks: call wf.extend(model) again"
             )
     if inputs.get("use_cache") is False:
         raise WidefieldError("a prefill in chunks needs a cache: leave out use_cache=False")

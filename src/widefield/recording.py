@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from widefield import decoding
 from widefield.decoding import record, states_of, what_graph_needs
 from widefield.errors import WidefieldError
 from widefield.families import ChunkedPrefill, LayerCache, Padding, check_finite
@@ -108,13 +109,15 @@ class Recordings:
         room = _room(graph.device)
         with self._lock:
             self._free.append((key, graph))
-            while len(self._free) > _KEPT or sum(g.bytes for _, g in self._free) > room:
+            while self._free and (
+                len(self._free) > _KEPT or sum(g.bytes for _, g in self._free) > room
+            ):
                 del self._free[0]
 
 
 def _what_is_needed(model: Any) -> str | None:
     """What a model lacks for its forward to be recorded, or None."""
-    if torch.is_autocast_enabled("cuda"):
+    if torch.is_autocast_enabled(decoding._GPU):
         return "a forward outside torch.autocast: cast the model, e.g. model.bfloat16()"
     if model.widefield.observer is not None:
         return "a prefill that nobody observes"
@@ -355,10 +358,12 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         """As they are now."""
-        self._modules = [(module, type(module), _own(module)) for module in model.modules()]
+        modules = [*model.modules()]
+        self._modules = [(m, type(m), dict(vars(m)), [*m._modules.values()]) for m in modules]
+        self._hooks = _hooks(modules)
         self._weights = [
             (tensors, name, _identity(tensor))
-            for module, _, _ in self._modules
+            for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
         ]
@@ -370,9 +375,24 @@ class _Snapshot:
         for tensors, name, identity in self._weights:
             if _identity(tensors.get(name)) != identity:
                 return False
-        return all(
-            type(module) is kind and _own(module) == own for module, kind, own in self._modules
-        )
+        for module, kind, own, parts in self._modules:
+            if type(module) is not kind or not _equal(vars(module), own):
+                return False
+            if [*module._modules.values()] != parts:
+                return False
+        return self._hooks == _hooks([module for module, *_ in self._modules])
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two modules' attributes are the same; those that know no equality are not."""
+    try:
+        return one == other
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _hooks(modules: list[nn.Module]) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
 
 
 def _identity(tensor: Tensor | None) -> Key | None:
@@ -381,12 +401,3 @@ def _identity(tensor: Tensor | None) -> Key | None:
         return None
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), version, tensor.data_ptr(), tensor.dtype
-
-
-def _own(module: nn.Module) -> Key:
-    """A module's settings, parts and hooks."""
-    own = module.__dict__
-    settings = [(name, value) for name, value in own.items() if type(value) in _SCALARS]
-    hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-    tensors = len(own["_parameters"]), len(own["_buffers"])
-    return settings, hooks, tensors, "forward" in own, [id(m) for m in own["_modules"].values()]

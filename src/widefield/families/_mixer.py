@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from widefield.families._context import (
     Padding,
     check_finite,
     check_whole,
+    derived,
     is_bare,
     padding_of,
     plan_of,
@@ -113,8 +114,6 @@ class Mixer(nn.Module):
     `forward` is `run_with` the names of the weights that are used without calling their modules.
     """
 
-    reads_chunks: ClassVar[bool] = True
-
     _widefield: Link
     layer_idx: int
     activation: str
@@ -183,7 +182,8 @@ class Mixer(nn.Module):
         """The short convolution of x (B, L, D) with its activation, and its new state (B, D, K)."""
         silu = self.activation in _SILU
         weight, bias = weights_of(self.conv1d)
-        x, state = ops.causal_conv1d(x, weight.squeeze(1), bias, silu=silu, initial_state=state)
+        taps = derived(self, "taps", weight, _taps)
+        x, state = ops.causal_conv1d(x, taps, bias, silu=silu, initial_state=state)
         return x if silu else self.act(x), state
 
     def convolve_one(self, x: Tensor, past: LayerCache) -> Tensor:
@@ -267,6 +267,9 @@ class Mixer(nn.Module):
 
     def _prefill(self, hidden_states: Tensor, turn: Turn) -> Tensor:
         """One tile after the other, so that only the output is as long as the input."""
+        parts = self._parts(hidden_states)
+        if len(parts) == 1 and self._widefield.observer is None:
+            return self._prefill_at_once(hidden_states, turn)
         state, output, tile = self.state_of(turn.past), None, None
         for tile in self._tiles(hidden_states, turn):
             inputs = tile.inputs if state is None else tile.inputs.replace(initial_state=state)
@@ -275,6 +278,20 @@ class Mixer(nn.Module):
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
+        return output
+
+    def _prefill_at_once(self, hidden_states: Tensor, turn: Turn) -> Tensor:
+        """The same where one tile is all."""
+        past, padding, conv_state, before = turn.past, turn.padding, None, None
+        assert padding is not None
+        if past is not None and past.filled:
+            conv_state, before = past.conv_state, self.state_of(past)
+        inputs, gate, conv_state = self.read(hidden_states, conv_state, padding.valid)
+        if before is not None:
+            inputs = inputs.replace(initial_state=before)
+        y, state = self.scan(inputs, gate, turn.plan)
+        output = linear(self.out_proj, y if y.dtype == hidden_states.dtype else y.to(hidden_states))
+        self._close(turn, conv_state, state, padding.lengths)
         return output
 
     def _write(
@@ -345,21 +362,19 @@ class Mixer(nn.Module):
         conv_state = None if past is None else past.conv_state
         for part in self._parts(hidden_states):
             valid = None if turn.padding.valid is None else turn.padding.valid[:, part]
-            whole = part.stop - part.start == hidden_states.shape[1]
-            piece = hidden_states if whole else hidden_states[:, part]
-            inputs, gate, conv_state = self.read(piece, conv_state, valid)
+            inputs, gate, conv_state = self.read(hidden_states[:, part], conv_state, valid)
             if observer is not None:
                 observer(self.layer_idx, inputs.replace(initial_state=self.state_of(past)))
             yield Tile(part, inputs, gate, conv_state)
 
-    def _parts(self, hidden_states: Tensor) -> Iterable[slice]:
+    def _parts(self, hidden_states: Tensor) -> Sequence[slice]:
         """Pieces of the sequence; one piece where gradients or an observer need it whole."""
         batch, length, _ = hidden_states.shape
         step = max(1, TILE["cpu" if hidden_states.is_cpu else "cuda"] // batch)
         step = step - step % _EVEN or step
         if length <= step or torch.is_grad_enabled() or self._widefield.observer is not None:
             return (slice(0, length),)
-        return (slice(start, min(start + step, length)) for start in range(0, length, step))
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
     def _close(
         self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
@@ -419,6 +434,11 @@ def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether calling the module with x is nothing but a product with its weights."""
     bare = type(module) is nn.Linear and is_bare(module)
     return bare and not torch.is_autocast_enabled(x.device.type)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(D, K) of a depthwise convolution's weight."""
+    return weight.squeeze(1)
 
 
 def weights_of(module: Any) -> tuple[Tensor, Tensor | None]:

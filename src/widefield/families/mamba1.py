@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from widefield import ops
 from widefield.families._context import LayerCache, derived
-from widefield.families._mixer import Mixer, linear, run_with
+from widefield.families._mixer import Mixer, linear, run_with, weights_of
 from widefield.families._norms import Norm
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -49,7 +49,7 @@ class Mamba1Mixer(Mixer):
         """dt_proj without its bias, which the scan adds; through the module if replaced."""
         projection = self.dt_proj
         if type(projection) is nn.Linear:
-            return F.linear(low_rank, projection.weight)
+            return F.linear(low_rank, weights_of(projection)[0])
         delta = projection(low_rank)
         return delta if projection.bias is None else delta - projection.bias
 
@@ -62,7 +62,7 @@ class Mamba1Mixer(Mixer):
     @property
     def raw_delta_bias(self) -> Tensor | None:
         """(D,) the same in the dtype that it has."""
-        return self.dt_proj.bias
+        return weights_of(self.dt_proj)[1]
 
     @property
     def rates(self) -> Tensor:
@@ -86,7 +86,7 @@ class Mamba1Mixer(Mixer):
             A=self.rates,
             B=B,
             C=C,
-            D=self.D.flatten(),
+            D=self.D if self.D.ndim == 1 else self.D.flatten(),
             z=z,
             delta_bias=self.raw_delta_bias,
             valid=valid,
@@ -101,11 +101,13 @@ class Mamba1Mixer(Mixer):
         """The recurrent state (B, D, N), a view of what the cache holds."""
         if past is None or past.state is None:
             return None
-        return past.state.view(past.batch, -1, self.ssm_state_size)
+        state = past.state
+        return state if state.ndim == 3 else state.view(past.batch, -1, self.ssm_state_size)
 
     def cached(self, state: Tensor) -> Tensor:
         """The state with the heads that it has in the cache, if any."""
-        return state.view(-1, *self.A_log.shape)
+        shape = self.A_log.shape
+        return state if state.shape[1:] == shape else state.view(-1, *shape)
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, H) for one more token a row."""

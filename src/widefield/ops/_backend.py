@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,12 @@ def use_backend(name: Backend) -> Iterator[None]:
 @functools.cache
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def on_gpu(op: str) -> Any:
+    """The module with an op's kernels for a GPU; an import statement in each call takes longer."""
+    return importlib.import_module(f"widefield.ops.{op}.cuda")
 
 
 def forced_backend() -> Backend | None:

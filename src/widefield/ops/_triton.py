@@ -15,7 +15,8 @@ from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what that rounding left
-_INT32 = (1 << 31) - 1
+_ALIGNED = 15  # bits of an address that are 0 where Triton reads 16 bytes at once
+_MOST = 4096
 
 
 def blocks(length: int, size: int) -> int:
@@ -31,9 +32,8 @@ def power_of_two(number: int) -> int:
 class Variant:
     """A kernel with its constants, launched without asking Triton each time how to compile it.
 
-    Triton looks at every argument of every call. Calls with tensors of the same dtypes and
-    alignment and with numbers of the same kind run the same machine code: it is kept, and launched
-    by the launcher that Triton makes for it.
+    Triton looks at every argument of every call. Calls with the same numbers, and with tensors of
+    the same dtypes and alignment, run the same machine code: what launches it is kept.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
@@ -46,10 +46,10 @@ class Variant:
         """
         self._kernel, self._given = kernel, constants | options
         self._constants = tuple(constants.values())
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def launch(
-        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int]
+        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: tuple[int, ...]
     ) -> None:
         """Launch on the current device, which holds the tensors.
 
@@ -59,22 +59,19 @@ class Variant:
             numbers: those that follow.
         """
         pointers = [t.data_ptr() for t in tensors]
-        aligned = 0
+        bits = 0
         for pointer in pointers:
-            aligned |= pointer
-        if aligned % 16:
-            self._kernel[grid](*tensors, *numbers, **self._given)
+            bits |= pointer
+        key = (grid, numbers, tensors[0].get_device(), *[t.dtype for t in tensors])
+        run = self._known.get(key)
+        if run is not None and not bits & _ALIGNED:
+            run(*pointers, *numbers, *self._constants)
             return
-        # What Triton compiles for: multiples of 16, ones, and numbers beyond 32 bits.
-        kinds = [(n % 16 == 0) + 2 * (n == 1) + 4 * (n > _INT32) for n in numbers]
-        key = (tensors[0].get_device(), *[t.dtype for t in tensors], *kinds)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._kernel[grid](*tensors, *numbers, **self._given)
-            if isinstance(compiled, triton.compiler.CompiledKernel):
-                self._compiled[key] = compiled
-            return
-        compiled[grid](*pointers, *numbers, *self._constants)
+        compiled = self._kernel[grid](*tensors, *numbers, **self._given)
+        if not bits & _ALIGNED and isinstance(compiled, triton.compiler.CompiledKernel):
+            if len(self._known) >= _MOST:  # every length of a prompt is one
+                self._known.clear()
+            self._known[key] = compiled[grid]
 
 
 @triton.jit

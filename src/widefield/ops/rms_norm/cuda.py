@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._backend import on_device_of
-from widefield.ops._triton import Variant, blocks, power_of_two
+from widefield.ops._triton import Variant, power_of_two
 
 _NUMBERS = 4096  # that a program has in registers at least
 _WIDEST = 1024  # of a piece of a row
@@ -91,7 +91,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """A sum and its norm on a GPU; the same contract as the reference."""
     sum_dtype = sum_dtype or torch.promote_types(x.dtype, other.dtype)
-    added = x.new_empty(x.shape, dtype=sum_dtype)
+    added = torch.empty_like(x, dtype=sum_dtype, memory_format=torch.contiguous_format)
     dtype = dtype or torch.promote_types(sum_dtype, weight.dtype)
     return added, _Call(x, other, weight, eps, added=added).run(dtype)
 
@@ -110,7 +110,7 @@ def gated_rms_norm(
     return call.run(torch.promote_types(x.dtype, weight.dtype))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """The kernel's inputs; `other` is the gate, or what is added if there is room for the sum."""
 
@@ -124,26 +124,26 @@ class _Call:
 
     def run(self, dtype: torch.dtype) -> Tensor:
         """The normed values in `dtype`; the sum is left where there is room for it."""
-        y = self.x.new_empty(self.x.shape, dtype=dtype)
+        given = self.x
+        y = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
         if not y.numel():
             return y
-        x = _by_token(self.x)
+        x = _by_token(given)
         # Absent inputs are passed as x: their flag keeps the kernel from reading them.
         other = x if self.other is None else _by_token(self.other)
         weight = x if self.weight is None else self.weight.contiguous()
-        added = x if self.added is None else self.added
-        rows = y.numel() // y.shape[-1] * self.groups
-        width = y.shape[-1] // self.groups
+        batch, length, features = x.shape
+        gated = self.other is not None and self.added is None
         variant, many = _variant(
-            width, self.eps, self.added is not None, self.weight is not None,
-            self.other is not None and self.added is None, self.gate_first,
+            features // self.groups, self.eps, self.added is not None, self.weight is not None,
+            gated, self.gate_first,
         )  # fmt: skip
-        numbers = (
-            rows, x.shape[1], self.groups, x.stride(0), x.stride(1), other.stride(0),
-            other.stride(1),
-        )  # fmt: skip
-        with on_device_of(x):
-            variant.launch((blocks(rows, many), 1, 1), (x, other, weight, added, y), numbers)
+        rows = batch * length * self.groups
+        strides, others = x.stride(), other.stride()
+        numbers = (rows, length, self.groups, strides[0], strides[1], others[0], others[1])
+        tensors = (x, other, weight, x if self.added is None else self.added, y)
+        with on_device_of(y):
+            variant.launch((-(-rows // many), 1, 1), tensors, numbers)
         return y
 
 

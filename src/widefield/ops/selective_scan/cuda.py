@@ -26,6 +26,7 @@ from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
+_UNMODIFIED = LayerPlan()
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -482,10 +483,17 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     Returns:
         y in the dtype of x, and the final state in float32.
     """
+    plan = plan or _UNMODIFIED
+    if not torch.is_grad_enabled() and wants_cuda_cpp() and not torch.compiler.is_compiling():
+        found = native.selective_scan_again(inputs, plan)
+        if found is not None:
+            return found
     kernel = _chosen(inputs)
     if kernel is None:
         return triton_scan(inputs, plan)
-    return kernel.selective_scan(inputs, plan or LayerPlan())
+    if kernel is native:
+        return native.selective_scan(inputs, plan, keep=True)
+    return kernel.selective_scan(inputs, plan)
 
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:
