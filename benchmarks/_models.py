@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import importlib.util
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,8 +28,9 @@ VOCABULARY = 50_280  # a multiple of 8, as mamba-ssm pads it
 CALIBRATED_AT = 256
 POOL_LAYER = 12
 CHECKED = 1000
-NEW_TOKENS, SHORT = 128, 16  # timed, and generated before them
+NEW_TOKENS, SHORT = 64, 8  # timed, and generated before them
 PROMPT = 16
+STEPS = 16  # of decoding, whose logits are judged
 _SMALL = {"hidden_size": 768, "num_hidden_layers": 24}
 _MAMBA2 = {"state_size": 128, "head_dim": 64, "n_groups": 1, "chunk_size": 256}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,15 +50,18 @@ class Side:
     Attributes:
         name: as the rows call it.
         prefill: ids (1, L) to the logits of the last token; None where another side does the same.
-        decode: prompt ids to the ids with so many more.
-        during: what must hold while it runs.
+        decode: prompt ids (B, L) to the ids with so many more.
+        steps: ids (B, L) to the logits (B, `STEPS`, V) of the last ones, each in a decode step of
+            its own; None where `decode` must give the tokens of the first side instead.
+        during: what must hold while it runs a task, "prefill" or "decode".
         ours: whether it must be exact to be timed at all.
     """
 
     name: str
     prefill: Callable[[Tensor], Tensor] | None
     decode: Callable[[Tensor, int], Tensor]
-    during: Callable[[], AbstractContextManager[Any]]
+    steps: Callable[[Tensor], Tensor] | None
+    during: Callable[[str], AbstractContextManager[Any]]
     ours: bool = True
 
 
@@ -91,6 +98,18 @@ def hf_decode(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Tensor
     )  # fmt: skip
 
 
+def hf_steps(model: Any, ids: Tensor) -> Tensor:
+    start = ids.shape[1] - STEPS
+    cache = model(ids[:, :start], logits_to_keep=1, use_cache=True).cache_params
+    return torch.cat(
+        [
+            model(ids[:, t : t + 1], cache_params=cache, use_cache=True).logits
+            for t in range(start, ids.shape[1])
+        ],
+        dim=1,
+    )
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Stock transformers without anybody's kernels, also where mamba-ssm is installed."""
@@ -107,6 +126,25 @@ def plain_torch() -> Iterator[None]:
     finally:
         for module, name, function in changed:
             setattr(module, name, function)
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """mamba-ssm's kernels for a prompt of Mamba-2, each in the smallest of its configurations.
+
+    Tuning them takes longer than a minute, and no decode step runs them.
+    """
+    importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    modules = [m for n, m in sys.modules.items() if n.startswith("mamba_ssm.ops.triton.ssd_")]
+    found = {id(k): k for m in modules for k in vars(m).values() if hasattr(k, "configs")}
+    before = [(kernel, kernel.configs) for kernel in found.values()]
+    for kernel, configs in before:
+        kernel.configs = [min(configs, key=lambda config: math.prod(config.kwargs.values()))]
+    try:
+        yield
+    finally:
+        for kernel, configs in before:
+            kernel.configs = configs
 
 
 def method_of(name: str, model: Any, seed: int) -> wf.LongMamba | wf.DeciMamba:
@@ -128,8 +166,8 @@ def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
         return found
     if importlib.util.find_spec("mamba_ssm") is not None and model.device.type == "cuda":
         found.append(_mamba_ssm(name, model))
-        found.append(_stock(model, "transformers with mamba-ssm", nullcontext))
-    found.append(_stock(model, "transformers", plain_torch))
+        found.append(_stock(model, "transformers with mamba-ssm", _with_mamba_ssm))
+    found.append(_stock(model, "transformers", lambda task: plain_torch()))
     return found
 
 
@@ -138,23 +176,32 @@ def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     own = wf.extend(copy.deepcopy(model, shared), *methods)
 
-    def during() -> AbstractContextManager[Any]:
+    def during(task: str) -> AbstractContextManager[Any]:
         return nullcontext() if backend == "default" else ops.use_backend(backend)  # type: ignore[arg-type]
 
     name = "widefield" if backend == "default" else f"widefield {backend}"
-    return Side(name, functools.partial(hf_prefill, own), functools.partial(hf_decode, own), during)
+    return Side(name, *_of_transformers(own), during)
+
+
+def _of_transformers(model: Any) -> tuple[Any, Any, Any]:
+    """Prefill, decode and steps."""
+    prefill, decode = functools.partial(hf_prefill, model), functools.partial(hf_decode, model)
+    return prefill, decode, functools.partial(hf_steps, model)
 
 
 def _graphed(side: Side) -> Side:
     """The same side, decoding through a CUDA graph."""
     options: dict[str, Any] = {"cuda_graph": True}
     decode = functools.partial(side.decode, **options)
-    return replace(side, name=f"{side.name} graph", prefill=None, decode=decode)
+    return replace(side, name=f"{side.name} graph", prefill=None, decode=decode, steps=None)
 
 
-def _stock(model: Any, name: str, during: Callable[[], AbstractContextManager[Any]]) -> Side:
-    prefill, decode = functools.partial(hf_prefill, model), functools.partial(hf_decode, model)
-    return Side(name, prefill, decode, during, ours=False)
+def _stock(model: Any, name: str, during: Callable[[str], AbstractContextManager[Any]]) -> Side:
+    return Side(name, *_of_transformers(model), during, ours=False)
+
+
+def _with_mamba_ssm(task: str) -> AbstractContextManager[Any]:
+    return untuned() if task == "decode" else nullcontext()
 
 
 def _mamba_ssm(name: str, model: Any) -> Side:
@@ -174,7 +221,22 @@ def _mamba_ssm(name: str, model: Any) -> Side:
         length = prompt.shape[1] + tokens
         return loaded().generate(input_ids=prompt, max_length=length, cg=True, top_k=1)
 
-    return Side("mamba-ssm", prefill, decode, nullcontext, ours=False)
+    def steps(ids: Tensor) -> Tensor:
+        return peer_steps(loaded(), ids)
+
+    return Side("mamba-ssm", prefill, decode, steps, _with_mamba_ssm, ours=False)
+
+
+def peer_steps(peer: Any, ids: Tensor) -> Tensor:
+    from mamba_ssm.utils.generation import InferenceParams  # type: ignore[import-not-found]
+
+    batch, length = ids.shape
+    state = InferenceParams(max_seqlen=length, max_batch_size=batch)
+    start, found = length - STEPS, []
+    for part in (slice(0, start), *(slice(t, t + 1) for t in range(start, length))):
+        found.append(peer(ids[:, part], inference_params=state, num_last_tokens=1).logits)
+        state.seqlen_offset = part.stop
+    return torch.cat(found[1:], dim=1)
 
 
 def peer_model(name: str, model: Any) -> Any:
@@ -199,24 +261,39 @@ def peer_model(name: str, model: Any) -> Any:
     return peer.eval()
 
 
-def prompt_of(tokens: int, device: torch.device, seed: int) -> Tensor:
+def prompt_of(tokens: int, device: torch.device, seed: int, batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCABULARY, (1, tokens), generator=generator).to(device)
+    return torch.randint(VOCABULARY, (batch, tokens), generator=generator).to(device)
 
 
 class Judge:
-    """Holds the sides of a model against the stock model in float64, at `CHECKED` tokens."""
+    """Holds the sides of a model against the stock model in float64.
 
-    def __init__(self, name: str, model: Any, device: torch.device, seed: int) -> None:
-        self.ids = prompt_of(CHECKED, device, seed)
-        exact = build(name, torch.float64, device, seed)
+    Args:
+        name: of the model.
+        model: stock, in the dtype that is timed.
+        task: "prefill": the logits behind `CHECKED` tokens. "decode": those of `STEPS` decode
+            steps, or, of a side that has none to show, the tokens of the first side.
+        batch: sequences.
+        seed: of weights and tokens.
+    """
+
+    def __init__(self, name: str, model: Any, task: str, batch: int, seed: int) -> None:
+        self.task = task
+        self.run = hf_prefill if task == "prefill" else hf_steps
+        tokens = CHECKED if task == "prefill" else PROMPT + STEPS
+        self.ids = prompt_of(tokens, model.device, seed, batch)
+        exact = build(name, torch.float64, model.device, seed)
         exact.load_state_dict(model.state_dict())
         with plain_torch(), torch.inference_mode():
-            self.truth = hf_prefill(exact, self.ids).double()
-            self.allowed = 2 * error(hf_prefill(model, self.ids), self.truth) + ROOM
+            self.truth = self.run(exact, self.ids).double()
+            self.allowed = 2 * error(self.run(model, self.ids), self.truth) + ROOM
 
-    def verdict(self, side: Side) -> Verdict:
-        """The error of its logits."""
-        assert side.prefill is not None
-        with side.during(), torch.inference_mode():
-            return Verdict("logits", error(side.prefill(self.ids), self.truth), self.allowed)
+    def verdict(self, side: Side, first: Side) -> Verdict:
+        """The error of its logits, or the share of its tokens that the first side has not."""
+        run = side.prefill if self.task == "prefill" else side.steps
+        with side.during(self.task), torch.inference_mode():
+            if run is not None:
+                return Verdict("logits", error(run(self.ids), self.truth), self.allowed)
+            tokens, expected = (s.decode(self.ids, NEW_TOKENS) for s in (side, first))
+            return Verdict("tokens", float((tokens != expected).double().mean()), 0.0)

@@ -118,18 +118,18 @@ def _scan_inputs(
 
 
 def _ssd_inputs(
-    heads: int, width: int, states: int, batch: int, tokens: int, dtype: torch.dtype,
+    heads: int, width: int, groups: int, states: int, batch: int, tokens: int, dtype: torch.dtype,
     g: torch.Generator,
 ) -> Tensors:  # fmt: skip
     normal = _drawn(g, dtype)
-    inner = heads * width
-    mixed = normal(batch, tokens, inner + 2 * states)
+    inner, shared = heads * width, groups * states
+    mixed = normal(batch, tokens, inner + 2 * shared)
     return {
         "x": mixed[..., :inner].unflatten(-1, (heads, width)),
         "delta": normal(batch, tokens, heads) - 3,
         "A": -torch.linspace(1, 16, heads, device=g.device),
-        "B": mixed[..., None, inner : inner + states],
-        "C": mixed[..., None, inner + states :],
+        "B": mixed[..., inner : inner + shared].unflatten(-1, (groups, states)),
+        "C": mixed[..., inner + shared :].unflatten(-1, (groups, states)),
         "D": torch.ones(heads, device=g.device),
         "delta_bias": torch.zeros(heads, device=g.device),
     }
@@ -243,7 +243,7 @@ def _sides(run: Run, backends: Sequence[str], peer: Side | None, package: str) -
 
 
 def all_ops(backends: Sequence[str]) -> list[Op]:
-    """Every op at the shapes of Mamba-130m, Mamba2-130m and Mamba2-2.7b.
+    """Every op at the shapes of Mamba-130m, Mamba2-130m, Mamba2-2.7b and Nemotron-H-8b.
 
     Args:
         backends: "default" for the one that the op chooses, or names of `ops.use_backend`.
@@ -251,53 +251,77 @@ def all_ops(backends: Sequence[str]) -> list[Op]:
     return [*_scans(backends), *_ssds(backends), _conv(backends), *_steps(backends)]
 
 
+LONG = (8192, 65_536, 524_288)
+
+
 def _scans(backends: Sequence[str]) -> list[Op]:
+    wide = _scan_of("scan", 1536, torch.bfloat16, (2048, 64), backends)
+    return wide + _scan_of("scan-512", 512, torch.float32, (1024, 128), backends)
+
+
+def _scan_of(
+    name: str, channels: int, dtype: torch.dtype, trained: tuple[int, int], backends: Sequence[str]
+) -> list[Op]:
+    """A width of the scan of Mamba: long rows, with a floor, many rows, and many with gradients."""
     turned = ("x", "delta", "B", "C", "z", "y")
     peer = Side("mamba-ssm", _mamba_ssm_scan, turned, ours=False)
-    ours = functools.partial(_planned, ops.selective_scan, ScanInputs)
-    make = functools.partial(_scan_inputs, 1536, 16)
     plain = Op(
-        name="scan",
-        inputs=make,
+        name=name,
+        inputs=functools.partial(_scan_inputs, channels, 16),
         outputs=("y", "state"),
         reference=functools.partial(_planned, scan_reference.selective_scan, ScanInputs),
-        sides=functools.partial(_sides, ours, backends, peer, "mamba_ssm"),
-        shape={"channels": 1536, "states": 16},
-        lengths=(8192, 65_536, 524_288),
-    )
-    floor = functools.partial(_with_floor, make, 1536)
-    alone = functools.partial(_sides, ours, backends, None, "")
+        sides=functools.partial(
+            _sides, functools.partial(_planned, ops.selective_scan, ScanInputs), backends, peer,
+            "mamba_ssm",
+        ),
+        shape={"channels": channels, "states": 16},
+        lengths=LONG,
+        dtype=dtype,
+    )  # fmt: skip
+    return _with_variants(plain, channels, trained)
+
+
+def _with_variants(plain: Op, channels: int, trained: tuple[int, int]) -> list[Op]:
+    """An op, the same with a floor, and on a batch as in training: forward, and with gradients.
+
+    Args:
+        plain: the op.
+        channels: or heads, which a floor has one number for.
+        trained: tokens and sequences of a batch.
+    """
+    tokens, batch = trained
+    floor = functools.partial(_with_floor, plain.inputs, channels)
+    many = replace(plain, name=f"{plain.name}-many", lengths=(tokens,), batch=batch)
     return [
         plain,
-        replace(plain, name="scan-floor", inputs=floor, sides=alone),
-        replace(plain, name="scan-backward", lengths=(2048,), batch=64, backward=True),
+        replace(plain, name=f"{plain.name}-floor", inputs=floor, sides=_only_ours(plain)),
+        many,
+        replace(many, name=f"{plain.name}-backward", backward=True),
     ]
+
+
+def _only_ours(op: Op) -> Callable[[], list[Side]]:
+    """Nobody else has a floor."""
+    return lambda: [side for side in op.sides() if side.ours]
 
 
 def _ssds(backends: Sequence[str]) -> list[Op]:
     found = []
-    ours = functools.partial(_planned, ops.ssd, SSDInputs)
     peer = Side("mamba-ssm", _mamba_ssm_ssd, ours=False)
-    for size, heads, batch in (("130m", 24, 64), ("2.7b", 80, 16)):
-        make = functools.partial(_ssd_inputs, heads, 64, 128)
+    ours = functools.partial(_planned, ops.ssd, SSDInputs)
+    for size, heads, groups, batch in (
+        ("130m", 24, 1, 64), ("2.7b", 80, 1, 16), ("nemotron", 128, 8, 8),
+    ):  # fmt: skip
         plain = Op(
             name=f"ssd-{size}",
-            inputs=make,
+            inputs=functools.partial(_ssd_inputs, heads, 64, groups, 128),
             outputs=("y", "state"),
             reference=functools.partial(_planned, ssd_reference.ssd, SSDInputs),
             sides=functools.partial(_sides, ours, backends, peer, "mamba_ssm"),
-            shape={"heads": heads, "width": 64, "states": 128, "groups": 1},
-            lengths=(8192, 65_536, 524_288),
+            shape={"heads": heads, "width": 64, "states": 128, "groups": groups},
+            lengths=LONG,
         )
-        floor = functools.partial(_with_floor, make, heads)
-        alone = functools.partial(_sides, ours, backends, None, "")
-        found += [
-            plain,
-            replace(plain, name=f"ssd-{size}-floor", inputs=floor, sides=alone),
-            replace(
-                plain, name=f"ssd-{size}-backward", lengths=(2048,), batch=batch, backward=True
-            ),
-        ]
+        found += _with_variants(plain, heads, (2048, batch))
     return found
 
 
@@ -315,7 +339,7 @@ def _conv(backends: Sequence[str]) -> Op:
             _sides, functools.partial(run, ops.causal_conv1d), backends, peer, "causal_conv1d"
         ),
         shape={"channels": 1536, "taps": 4},
-        lengths=(8192, 65_536, 524_288),
+        lengths=LONG,
     )
 
 
@@ -325,7 +349,7 @@ def _steps(backends: Sequence[str]) -> list[Op]:
     kinds = (
         ("scan-step", functools.partial(_scan_inputs, 1536, 16), (1536, 16),
          ops.selective_state_update, step_reference.selective_state_update),
-        ("ssd-step", functools.partial(_ssd_inputs, 24, 64, 128), (24, 64, 128),
+        ("ssd-step", functools.partial(_ssd_inputs, 24, 64, 1, 128), (24, 64, 128),
          ops.ssd_state_update, step_reference.ssd_state_update),
     )  # fmt: skip
     for name, make, state, step, reference in kinds:

@@ -16,46 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import widefield as wf
+from benchmarks import _models
 from widefield.ops import use_backend
 
-VOCABULARY = 50280
-SHAPES: dict[str, Callable[[], Any]] = {
-    "mamba-130m": lambda: MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=768, state_size=16, num_hidden_layers=24
-    ),
-    "mamba2-130m": lambda: Mamba2Config(
-        vocab_size=VOCABULARY, hidden_size=768, num_heads=24, head_dim=64, n_groups=1,
-        state_size=128, num_hidden_layers=24, tie_word_embeddings=True,
-    ),
-    "mamba2-2.7b": lambda: Mamba2Config(
-        vocab_size=VOCABULARY, hidden_size=2560, num_heads=80, head_dim=64, n_groups=1,
-        state_size=128, num_hidden_layers=64, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 GIB = float(1 << 30)
-
-
-def make_model(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A model of that shape with random weights on the GPU, in evaluation mode."""
-    config = SHAPES[name]()
-    kind: Any = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda"):
-            return kind(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def prefill(model: Any, ids: torch.Tensor) -> Any:
-    """Logits of the last token."""
-    return model(ids, use_cache=True, logits_to_keep=1)
 
 
 def timed(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -83,10 +49,11 @@ def submitted(call: Callable[[], Any]) -> float:
 
 def report(name: str, model: Any, length: int, repeats: int, rows: int) -> None:
     """Time, memory, kernels and Python functions of one prefill."""
-    ids = torch.randint(10, VOCABULARY, (1, length), device="cuda")
+    ids = torch.randint(10, _models.VOCABULARY, (1, length), device="cuda")
 
     def call() -> Any:
-        return prefill(model, ids)
+        with torch.no_grad():
+            return _models.hf_prefill(model, ids)
 
     times = timed(call, repeats)
     torch.cuda.reset_peak_memory_stats()
@@ -136,14 +103,14 @@ def print_python(call: Callable[[], Any], rows: int) -> None:
 def main() -> None:
     """Print it all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="mamba-130m")
+    parser.add_argument("--model", choices=_models.SHAPES, default="mamba-130m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
     parser.add_argument("--method", choices=["none", "decimamba"], default="none")
     parser.add_argument("--backend", default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=25, help="of each table; 0 for times alone")
     given = parser.parse_args()
-    model = make_model(given.model)
+    model = _models.build(given.model, torch.bfloat16, torch.device("cuda"), 0)
     methods = [wf.DeciMamba(layers=(12,), base_length=2000)] if given.method == "decimamba" else []
     wf.extend(model, *methods)
     backend = use_backend(given.backend) if given.backend else contextlib.nullcontext()

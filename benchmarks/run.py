@@ -3,13 +3,15 @@
     python -m benchmarks.run --out benchmarks/results/run.json
     python -m benchmarks.run --ops scan,ssd-130m --models none --lengths 8k,64k
     python -m benchmarks.run --ops none --models mamba-130m --resume --out run.json
+    python -m benchmarks.run --ops none --models mamba2-130m --tasks decode --batches 1,16,64
 
 All sides run in this process, in turn, on the same inputs (in the layout that each wants). Nothing
 of ours is timed unless it was right in this run: an op's outputs, final states and gradients are
 compared with the reference in float64 (1,000 tokens, and the first and last 1,000 of those that are
-timed), a model's logits with stock transformers in float64, and may be at most twice as far off as
-the reference in the inputs' own dtype. Others are timed in any case; their rows say how far they
-are off. A side that fails or runs out of memory is a row that says so.
+timed), a model's logits, behind a prompt and of decode steps, with stock transformers in float64,
+and may be at most twice as far off as the reference in the inputs' own dtype. A CUDA graph must
+give the very tokens of the steps that it replays. Others are timed in any case; their rows say how
+far they are off. A side that fails or runs out of memory is a row that says so.
 
 Rows are kept after every comparison. After Ctrl-C, `--resume` goes on and skips what is there.
 """
@@ -17,6 +19,7 @@ Rows are kept after every comparison. After Ctrl-C, `--resume` goes on and skips
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -39,6 +42,7 @@ from widefield.evaluation.grid import length_label, parse_lengths
 PREFILLS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 SAME = ("device", "driver", "versions", "seed")
 TASKS = ("prefill", "decode")
+SIDES = ("widefield", "mamba-ssm", "causal-conv1d", "transformers with mamba-ssm", "transformers")
 INTERRUPTED = 130
 
 Row = dict[str, Any]
@@ -72,6 +76,8 @@ class Settings:
         lengths: for everything that has a length, or None for each one's own.
         stock_up_to: the longest prompt that plain transformers gets.
         tasks: of whole models: "prefill", "decode".
+        batches: sequences at once, of a decode.
+        sides: who is timed; "widefield" is all of ours.
     """
 
     device: torch.device
@@ -81,15 +87,26 @@ class Settings:
     lengths: tuple[int, ...] | None
     stock_up_to: int
     tasks: list[str]
+    batches: tuple[int, ...] = (1,)
+    sides: tuple[str, ...] = SIDES
+
+    def wants(self, side: _ops.Side | _models.Side) -> bool:
+        """Whether a side is to be timed."""
+        return ("widefield" if side.ours else side.name) in self.sides
 
 
 def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
     for op in _ops.all_ops(asked.backends):
         if op.name in names:
-            bench = OpBench(replace(op, dtype=_usual(asked.device)), asked)
+            bench = OpBench(op if asked.device.type == "cuda" else in_float32(op), asked)
             lengths = op.lengths if asked.lengths is None or op.lengths == (1,) else asked.lengths
             for tokens in lengths:
                 yield Job(op.name, tokens, bench.at(tokens))
+
+
+def in_float32(op: _ops.Op) -> _ops.Op:
+    """What a CPU is timed with."""
+    return replace(op, dtype=torch.float32)
 
 
 class OpBench:
@@ -98,7 +115,7 @@ class OpBench:
     def __init__(self, op: _ops.Op, asked: Settings) -> None:
         self.op, self.asked = op, asked
         on_gpu = asked.device.type == "cuda"  # where the others' kernels run
-        self._sides = [side for side in op.sides() if side.ours or on_gpu]
+        self._sides = [s for s in op.sides() if (s.ours or on_gpu) and asked.wants(s)]
         self._verdicts: dict[str, _ops.Verdict | str] = {}
 
     def at(self, tokens: int) -> Callable[[], list[Row]]:
@@ -200,73 +217,95 @@ def model_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:
         bench = ModelBench(name, dtype, asked)
         for tokens in lengths if "prefill" in asked.tasks else ():
             yield Job(f"{name} prefill", tokens, bench.prefill(tokens))
-        if "decode" in asked.tasks and name not in _models.METHODS:
-            yield Job(f"{name} decode", _models.NEW_TOKENS, bench.decode())
+        for batch in asked.batches if "decode" in asked.tasks else ():
+            if name not in _models.METHODS:
+                yield Job(decode_case(name, batch), _models.NEW_TOKENS, bench.decode(batch))
+
+
+def decode_case(name: str, batch: int) -> str:
+    """What the rows call it."""
+    return f"{name} decode" if batch == 1 else f"{name} decode, {batch} rows"
 
 
 class ModelBench:
-    """A model, built and judged when its first length is timed. One model is held at a time."""
+    """A model, built when it is first timed and judged before each task. One is held at a time."""
 
     held: ModelBench | None = None
 
     def __init__(self, name: str, dtype: torch.dtype, asked: Settings) -> None:
         self.name, self.dtype, self.asked = name, dtype, asked
-        self._sides: list[_models.Side] = []
-        self._verdicts: dict[str, _ops.Verdict | str | None] = {}
+        self._model: Any = None
+        self._all: list[_models.Side] = []
+        self._verdicts: dict[tuple[str, str, int], _ops.Verdict | str | None] = {}
 
     def prefill(self, tokens: int) -> Callable[[], list[Row]]:
         """What makes the rows of one length."""
-        return lambda: self._compare("prefill", tokens)
+        return lambda: self._compare("prefill", tokens, 1)
 
-    def decode(self) -> Callable[[], list[Row]]:
+    def decode(self, batch: int) -> Callable[[], list[Row]]:
         """What makes the rows of tokens one by one."""
-        return lambda: self._compare("decode", _models.NEW_TOKENS)
+        return lambda: self._compare("decode", _models.NEW_TOKENS, batch)
 
     def _open(self) -> None:
         if ModelBench.held is self:
             return
         if ModelBench.held is not None:
-            ModelBench.held._sides = []
+            ModelBench.held._model, ModelBench.held._all = None, []
         release(self.asked.device)
-        model = _models.build(self.name, self.dtype, self.asked.device, self.asked.seed)
-        self._sides = _models.sides(self.name, model, self.asked.backends, self.asked.seed)
-        self._verdicts = self._judge(model)
-        release(self.asked.device)
+        self._model = _models.build(self.name, self.dtype, self.asked.device, self.asked.seed)
+        self._all = _models.sides(self.name, self._model, self.asked.backends, self.asked.seed)
         ModelBench.held = self
 
-    def _judge(self, model: Any) -> dict[str, _ops.Verdict | str | None]:
-        """A verdict a side; None where another side is judged for it, or nobody else runs this."""
-        found: dict[str, _ops.Verdict | str | None] = {side.name: None for side in self._sides}
-        if self.name in _models.METHODS:
-            return found
-        judge = _models.Judge(self.name, model, self.asked.device, self.asked.seed)
-        for side in self._sides:
-            if side.prefill is not None:
-                try:
-                    found[side.name] = judge.verdict(side)
-                except Exception as error:
-                    found[side.name] = reason(error)
-        return found
+    def _sides(self, task: str, tokens: int) -> list[_models.Side]:
+        """Who runs a task."""
+        return [
+            side
+            for side in self._all
+            if self.asked.wants(side)
+            and not (task == "prefill" and side.prefill is None)
+            and not (side.name == "transformers" and tokens > self.asked.stock_up_to)
+        ]
 
-    def _compare(self, task: str, tokens: int) -> list[Row]:
+    def _judge(self, task: str, batch: int, sides: Sequence[_models.Side]) -> None:
+        """A verdict a side, once; None where nobody else runs this."""
+        new = [side for side in sides if (side.name, task, batch) not in self._verdicts]
+        if not new:
+            return
+        judge = None
+        if self.name not in _models.METHODS:
+            judge = _models.Judge(self.name, self._model, task, batch, self.asked.seed)
+        for side in new:
+            found: _ops.Verdict | str | None = None
+            try:
+                found = None if judge is None else judge.verdict(side, self._all[0])
+            except Exception as error:
+                found = reason(error)
+            self._verdicts[side.name, task, batch] = found
+            off = f"off by {found.error:.2e}" if isinstance(found, _ops.Verdict) else found or ""
+            print(f"{self.name} {task}, judged: {side.name} {off}", file=sys.stderr, flush=True)
+        del judge
+        release(self.asked.device)
+
+    def _compare(self, task: str, tokens: int, batch: int) -> list[Row]:
         self._open()
         length = tokens if task == "prefill" else _models.PROMPT
-        ids = _models.prompt_of(length, self.asked.device, self.asked.seed)
+        sides = self._sides(task, length)
+        self._judge(task, batch, sides)
+        ids = _models.prompt_of(length, self.asked.device, self.asked.seed, batch)
+        case = f"{self.name} prefill" if task == "prefill" else decode_case(self.name, batch)
         rows, contestants = [], []
-        for side in self._sides:
-            too_long = side.name == "transformers" and length > self.asked.stock_up_to
-            if too_long or (task == "prefill" and side.prefill is None):
-                continue
+        for side in sides:
             row: Row = {
-                "case": f"{self.name} {task}", "side": side.name, "tokens": tokens, "batch": 1,
+                "case": case, "side": side.name, "tokens": tokens, "batch": batch,
                 "dtype": _dtype(self.dtype),
             }  # fmt: skip
-            verdict = self._verdicts[side.name]
+            verdict = self._verdicts[side.name, task, batch]
             row |= {} if verdict is None else _judged(verdict, side.ours)
             rows.append(row)
+            during = functools.partial(side.during, task)
             contestants.append(
                 [
-                    Contestant(side.name, call, side.during, alone=True, failed=row.get("failed"))
+                    Contestant(side.name, call, during, alone=True, failed=row.get("failed"))
                     for call in self._calls(side, task, ids)
                 ]
             )
@@ -390,6 +429,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="budget of one comparison")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backends", default="default", help="of our side, e.g. default,nvrtc")
+    parser.add_argument("--batches", default="1", help="sequences of a decode, e.g. 1,16,64")
+    parser.add_argument("--sides", default="all", help=f"all, or of {', '.join(SIDES)}")
     parser.add_argument("--stock-up-to", type=int, default=8192, help="tokens; longer without it")
     return parser.parse_args()
 
@@ -400,7 +441,8 @@ def main() -> int:
         device=torch.device(args.device), seed=args.seed, seconds=args.seconds,
         backends=args.backends.split(","), stock_up_to=args.stock_up_to,
         lengths=tuple(parse_lengths(args.lengths)) if args.lengths else None,
-        tasks=chosen(args.tasks, TASKS, "task"),
+        tasks=chosen(args.tasks, TASKS, "task"), batches=tuple(parse_lengths(args.batches)),
+        sides=tuple(chosen(args.sides, SIDES, "side")),
     )  # fmt: skip
     known = [op.name for op in _ops.all_ops(["default"])]
     jobs = [

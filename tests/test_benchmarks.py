@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import _models, _ops, pictures, run
+from benchmarks import _models, _ops, _timing, pictures, run
 from widefield import ops
 from widefield.errors import WidefieldError
 
@@ -113,6 +115,56 @@ def test_models_are_timed_beside_stock_transformers(
     assert ("mamba-130m prefill", 24, "transformers") not in found
     assert ("decimamba-130m prefill", 24, "widefield") in found
     assert ("mamba2-130m decode", 3, "widefield") in found
+
+
+def test_batches_are_decoded_by_the_sides_that_were_asked_for(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--ops", "none", "--models", "mamba-130m",
+        "--tasks", "decode", "--batches", "1,2", "--sides", "widefield",
+    )  # fmt: skip
+    assert [(row["case"], row["batch"], row["side"]) for row in rows] == [
+        ("mamba-130m decode", 1, "widefield"),
+        ("mamba-130m decode, 2 rows", 2, "widefield"),
+    ]
+    assert all(row["error"] <= row["allowed"] and row["p50"] > 0 for row in rows)
+
+
+def test_a_graph_that_gives_other_tokens_is_not_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _models.sides
+
+    def with_graph(*args: Any) -> list[_models.Side]:
+        first, *others = whole(*args)
+
+        def decode(prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+            return first.decode(prompt, tokens).roll(1, dims=1)
+
+        graph = replace(first, name="widefield graph", prefill=None, decode=decode, steps=None)
+        return [first, graph, *others]
+
+    monkeypatch.setattr(_models, "sides", with_graph)
+    rows = bench(
+        monkeypatch, tmp_path / "r.json", "--ops", "none", "--models", "mamba-130m",
+        "--tasks", "decode",
+    )  # fmt: skip
+    failed = {row["side"]: row.get("failed", "") for row in rows}
+    assert "tokens is off by" in failed["widefield graph"] and not failed["widefield"]
+
+
+def test_a_slow_side_runs_once_behind_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_timing, "SLOW", 0.01)
+    calls: list[int] = []
+
+    def slow(index: int) -> None:
+        calls.append(index)
+        time.sleep(0.05)
+
+    sides = [_timing.Contestant("slow", slow), _timing.Contestant("fast", lambda index: None)]
+    _timing.compare(sides, torch.device("cpu"), 0.01)
+    assert len(calls) == 2 and len(sides[0].seconds) == 1 and len(sides[1].seconds) == 20
 
 
 def test_one_sides_failure_is_a_row_and_the_others_are_timed(

@@ -14,44 +14,37 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import widefield as wf
-from tests.models import tiny_family, tiny_mamba
+from tests.families.cases import CASES
+from tests.graphs import rerun_steps
+from tests.models import tiny_mamba
 from widefield import decoding
 from widefield.extension import extend, restore
 from widefield.methods import DeciMamba, LongMamba
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+EXPERTS = ("jamba", "granite", "nemotron-h")  # in float32 the CPU has to hear which are asked
 pytestmark = [pytest.mark.gpu] if GPU else []
 PADDING = (0, 5, 29)
 IDS = torch.randint(3, 380, (3, 30), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 MASK = torch.stack([(torch.arange(30) >= padding).long() for padding in PADDING]).to(DEVICE)
 
 
-class Rerun:
-    """Stands in for a graph where there is no GPU."""
-
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self.step, self.logits = step, step().clone()
-
-    def replay(self) -> None:
-        self.logits.copy_(self.step())
-
-
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if GPU:
-        return
-
-    def record(graph: Any, model: nn.Module) -> None:
-        graph._graph = Rerun(lambda: graph._forward(model))
-        graph._logits = graph._graph.logits
-
-    monkeypatch.setattr(decoding.StepGraph, "_record", record)
-    monkeypatch.setattr(decoding, "_GPU", "cpu")
+    if not GPU:
+        rerun_steps(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +54,10 @@ def calibration() -> wf.Calibration:
 
 
 def extended(kind: str = "mamba") -> Any:
-    model = tiny_mamba() if kind == "mamba" else tiny_family(kind)
-    return extend(model.to(DEVICE))
+    """Of the tests here, or a case of the families' tests, which also have attention layers."""
+    if kind in CASES and kind != "mamba":
+        return extend(CASES[kind].make().to(DEVICE))
+    return extend(tiny_mamba().to(DEVICE))
 
 
 def generated(model: Any, ids: Tensor = IDS, mask: Tensor | None = MASK, **kwargs: Any) -> Any:
@@ -113,12 +108,53 @@ def test_tokens_are_those_without_a_graph(options: dict[str, Any]) -> None:
     assert torch.equal(plain, graphed)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon"])
-def test_every_family_without_attention_decodes_through_a_graph(kind: str) -> None:
+@pytest.mark.parametrize("kind", CASES)
+def test_every_family_decodes_through_a_graph(kind: str) -> None:
     model = extended(kind)
+    if kind in EXPERTS:
+        model.set_experts_implementation("batched_mm")
     for rows in (1, 3):
         plain, graphed = both(model, ids=IDS[:rows], mask=MASK[:rows])
         assert torch.equal(plain, graphed)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_attention_layers_give_the_same_tokens(options: dict[str, Any]) -> None:
+    plain, graphed = both(extended("bamba"), **options)
+    assert torch.equal(plain, graphed)
+
+
+def test_attention_in_plain_torch_gives_the_same_tokens() -> None:
+    model = extended("granite-rotary")
+    plain, graphed = both(model)
+    model.set_attn_implementation("eager")
+    assert all(torch.equal(answer, plain) for answer in (graphed, *both(model)))
+
+
+def test_attention_goes_on_behind_a_cache_that_was_kept() -> None:
+    model, caches = extended("falcon-h1"), []
+    for graph in (False, True):
+        options = {"return_dict_in_generate": True, "cuda_graph": graph}
+        first = generated(model, **options)
+        ids, cache = first.sequences, first.past_key_values
+        mask = torch.cat([MASK, MASK.new_ones(3, 12)], dim=1)
+        caches.append((generated(model, ids, mask, past_key_values=cache, **options), cache))
+    (plain, expected), (graphed, found) = caches
+    assert torch.equal(plain.sequences, graphed.sequences)
+    for entry, ours in zip(expected.layers, found.layers, strict=True):
+        assert entry.keys.shape == ours.keys.shape == (3, 2, 53, 8)
+        torch.testing.assert_close(ours.keys, entry.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, entry.values, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_of_attention_is_recorded_once_for_prompts_of_nearly_one_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, made = extended("bamba"), recordings(monkeypatch)
+    for ids in (IDS, IDS[:, 3:], IDS.repeat(1, 9)):
+        plain, graphed = both(model, ids=ids, mask=None)
+        assert torch.equal(plain, graphed)
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -352,10 +388,24 @@ def test_a_model_on_the_cpu_is_told_to_move(monkeypatch: pytest.MonkeyPatch) -> 
         generated(model, IDS.cpu(), None, cuda_graph=True)
 
 
-def test_attention_layers_are_refused_by_their_growing_cache() -> None:
-    model = extended("jamba")
-    with pytest.raises(wf.WidefieldError, match="keep the keys of every token"):
+def test_attention_layers_behind_dropped_tokens_are_refused() -> None:
+    model = extend(CASES["granite"].make().to(DEVICE), DeciMamba(layers=(2,), base_length=10))
+    with pytest.raises(wf.WidefieldError, match="a method drops some"):
         generated(model, cuda_graph=True)
+
+
+def test_attention_that_takes_no_mask_is_refused() -> None:
+    model = extended("bamba")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(wf.WidefieldError, match="flash_attention_2: load it with 'sdpa'"):
+        generated(model, cuda_graph=True)
+
+
+def test_attention_without_a_limit_is_refused() -> None:
+    model, config = extended("bamba"), GenerationConfig(do_sample=False)
+    config._pad_token_tensor = None
+    with pytest.raises(wf.WidefieldError, match="needs max_new_tokens"):
+        decoding.sample(model, IDS, LogitsProcessorList(), StoppingCriteriaList(), config)
 
 
 def test_a_compiled_model_is_refused() -> None:
@@ -379,6 +429,16 @@ class Waits(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * (1.0 if input.isfinite().all().item() else 0.0)
+
+
+@pytest.mark.skipif(not GPU, reason="without a GPU nothing is recorded")
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_that_wait_for_the_cpu_are_refused_and_the_model_goes_on(kind: str) -> None:
+    model = extended(kind)
+    before = generated(model)
+    with pytest.raises(wf.WidefieldError, match="that CUDA can record"):
+        generated(model, cuda_graph=True)
+    assert torch.equal(generated(model), before)
 
 
 @pytest.mark.skipif(not GPU, reason="without a GPU nothing is recorded")

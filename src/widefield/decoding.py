@@ -3,7 +3,8 @@
 `model.generate(..., cuda_graph=True)` comes here for its tokens. A model whose cache has one size
 runs the same kernels on tensors of the same shapes for every token, so that they can be recorded
 once and replayed. What a step reads and writes lies in tensors of the graph's own: the states are
-copied in from the cache behind the prompt, and out again where somebody keeps that cache.
+copied in from the cache behind the prompt, and out again where somebody keeps that cache. Attention
+layers get room for all tokens that may come, and a mask.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from widefield import families
 from widefield.errors import WidefieldError
-from widefield.families import LayerCache
+from widefield.families import Behind, FixedAttention, LayerCache
 from widefield.ops import forced_backend, overlapping
 from widefield.prefilling import cache_name
 
@@ -45,6 +45,7 @@ _GPU = "cuda"
 _COMPARED = (bool, int, float, str, type(None))
 _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
+_GROWS = "a cache that does not grow, and attention layers keep the keys of every token"
 _recording = threading.Lock()
 Result = TypeVar("Result")
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
@@ -71,13 +72,18 @@ def check_model(model: nn.Module) -> None:
     Raises:
         WidefieldError: saying why.
     """
-    needed = what_graph_needs(model)
+    needed = what_graph_needs(model, attention=True)
     if needed is not None:
         raise _refused(needed)
 
 
-def what_graph_needs(model: nn.Module) -> str | None:
-    """What an extended model lacks for its decode step to be recorded, or None."""
+def what_graph_needs(model: nn.Module, *, attention: bool = False) -> str | None:
+    """What an extended model lacks for what it does to be recorded, or None.
+
+    Args:
+        model: extended.
+        attention: whether attention layers are given a cache of one size.
+    """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         return f"the whole model on one GPU, this one is spread over {_names(devices)}"
@@ -86,11 +92,11 @@ def what_graph_needs(model: nn.Module) -> str | None:
         return f"a model on a GPU, this one is on {device}: move it with model.to('cuda')"
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         return "a model that is not compiled, and model.compile() was called on this one"
-    if any(type(entry) is not LinearAttentionLayer for entry in _template(model).layers):
-        return (
-            f"a cache that does not grow, and the attention layers of {type(model).__name__} "
-            "keep the keys of every token"
-        )
+    template = _template(model)
+    if families.attends(template):
+        needed = _attention_needs(model, template) if attention else _GROWS
+        if needed is not None:
+            return needed
     own = model.__dict__["_widefield_hook"].id
     for name, module in model.named_modules():
         hooks = {*module._forward_hooks, *module._forward_pre_hooks}
@@ -100,6 +106,12 @@ def what_graph_needs(model: nn.Module) -> str | None:
                 f"{name or type(model).__name__} has some"
             )
     return None
+
+
+def _attention_needs(model: nn.Module, template: DynamicCache) -> str | None:
+    if model.__dict__["widefield"].drops_tokens:
+        return "attention layers that hold every token, and a method drops some"
+    return families.what_attention_needs(model, template)
 
 
 def check_mode(mode: GenerationMode, config: Any, arguments: dict[str, Any]) -> None:
@@ -168,13 +180,15 @@ def sample(
     Returns:
         What transformers' loop returns: (B, L + new) tokens, or an output with them.
     """
+    choice = Choice(input_ids, logits_processor, stopping_criteria, generation_config)
+    if choice.most is None and families.attends(_template(model)):
+        raise _refused("max_new_tokens, since attention layers get room for that many")
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache, logits = _cache_of(outputs), outputs.logits
     kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     del outputs  # else the logits of the whole prompt would stay as long as the loop runs
-    choice = Choice(input_ids, logits_processor, stopping_criteria, generation_config)
-    news = News(choice, streamer)
-    with model.widefield.graphs.lent(model, cache, input_ids.shape[0], kept) as steps:
+    news, behind = News(choice, streamer), _behind(input_ids, choice.most or 0, model_kwargs)
+    with model.widefield.graphs.lent(model, cache, behind, kept) as steps:
         while True:
             choice.take(logits)
             news.send()
@@ -193,6 +207,13 @@ def sample(
         logits=choice.raw_logits,
         past_key_values=cache,
     )
+
+
+def _behind(ids: Tensor, new: int, prompt: dict[str, Any]) -> Behind:
+    """What the steps stand behind, of the arguments of the prompt's forward."""
+    mask, positions = prompt.get("attention_mask"), prompt.get("position_ids")
+    after = ids.new_full(ids.shape[:1], ids.shape[1]) if positions is None else positions[:, -1] + 1
+    return Behind(None if mask is None else mask.bool(), after.expand(ids.shape[0]), new)
 
 
 def _cache_of(outputs: Any) -> Any:
@@ -238,6 +259,11 @@ class Choice:
     def sequences(self) -> Tensor:
         """(B, length) the prompt and all tokens chosen; a view."""
         return self._buffer[:, : self._length]
+
+    @property
+    def most(self) -> int | None:
+        """New tokens a row that may come; None for any number."""
+        return None if self._limit is None else max(0, self._limit - self._length)
 
     @property
     def full(self) -> bool:
@@ -337,25 +363,26 @@ class Graphs:
         return Graphs, ()
 
     @contextmanager
-    def lent(self, model: nn.Module, cache: Any, batch: int, kept: bool) -> Iterator[Steps]:
+    def lent(self, model: nn.Module, cache: Any, behind: Behind, kept: bool) -> Iterator[Steps]:
         """Steps behind a filled cache; afterwards the cache holds their states if it is kept."""
-        steps = Steps(self, model, cache, batch)
+        steps = Steps(self, model, cache, behind)
         try:
             yield steps
         finally:
             steps.close(kept)
 
-    def take(self, model: nn.Module, cache: Any, batch: int) -> tuple[tuple[Any, ...], StepGraph]:
+    def take(self, model: Any, cache: Any, behind: Behind) -> tuple[tuple[Any, ...], StepGraph]:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
-        weights = _signature(model)
-        key = (weights, forced_backend(), tuple((t.shape, t.dtype) for t in states_of(cache)))
+        weights, room = _signature(model), FixedAttention.room_for(cache, behind.new)
+        shapes = tuple((t.shape, t.dtype) for t in states_of(cache))
+        key = (weights, forced_backend(), shapes, room, str(model.config._attn_implementation))
         with self._lock:
             self._free = [pair for pair in self._free if pair[0][0] == weights]
             for index, (known, graph) in enumerate(self._free):
                 if known == key:
                     del self._free[index]
                     return key, graph
-        return key, StepGraph(model, cache, batch)
+        return key, StepGraph(model, cache, len(behind.positions), room)
 
     def give_back(self, key: tuple[Any, ...], graph: StepGraph) -> None:
         """Keep a step for the next call."""
@@ -366,17 +393,17 @@ class Graphs:
 class Steps:
     """Decode steps behind a cache, the first of which borrows a graph."""
 
-    def __init__(self, graphs: Graphs, model: nn.Module, cache: Any, batch: int) -> None:
+    def __init__(self, graphs: Graphs, model: nn.Module, cache: Any, behind: Behind) -> None:
         """Nothing is recorded before it is needed."""
-        self._graphs, self._model, self._cache, self._batch = graphs, model, cache, batch
+        self._graphs, self._model, self._cache, self._behind = graphs, model, cache, behind
         self._borrowed: tuple[tuple[Any, ...], StepGraph] | None = None
         self._count = 0
 
     def after(self, tokens: Tensor) -> Tensor:
         """The logits (B, 1, V) behind one more token (B,) a row; the next call overwrites them."""
         if self._borrowed is None:
-            key, graph = self._graphs.take(self._model, self._cache, self._batch)
-            graph.load(self._cache)
+            key, graph = self._graphs.take(self._model, self._cache, self._behind)
+            graph.load(self._cache, self._behind)
             self._borrowed = key, graph
         self._count += 1
         return self._borrowed[1].step(tokens)
@@ -386,9 +413,9 @@ class Steps:
         if self._borrowed is None:
             return
         if kept:
-            self._borrowed[1].store(self._cache)
+            self._borrowed[1].store(self._cache, self._count)
             for layer, _ in families.mixers(self._model):
-                LayerCache(self._cache, layer, self._batch).count(self._count)
+                LayerCache(self._cache, layer, len(self._behind.positions)).count(self._count)
         self._graphs.give_back(*self._borrowed)
         self._borrowed = None
 
@@ -396,13 +423,14 @@ class Steps:
 class StepGraph:
     """One decode step of a model, recorded: a token a row in, logits out, states go on in place."""
 
-    def __init__(self, model: nn.Module, cache: Any, batch: int) -> None:
-        """Record it, with states of the shapes that `cache` holds.
+    def __init__(self, model: nn.Module, cache: Any, batch: int, room: int) -> None:
+        """Record it, with states of the shapes that `cache` holds, and room for so many tokens.
 
         Raises:
             WidefieldError: if it cannot be recorded.
         """
-        self._cache = copy.deepcopy(cache)
+        self._attention = FixedAttention(model, cache, room) if room else None
+        self._cache = copy.deepcopy(cache) if self._attention is None else self._attention.cache
         self._states = states_of(self._cache)
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self._states[0].device)
         self._record(model)
@@ -417,17 +445,26 @@ class StepGraph:
 
     def _forward(self, model: nn.Module) -> Tensor:
         arguments = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
-        return model(input_ids=self._tokens, return_dict=True, **arguments).logits
+        if self._attention is not None:
+            arguments |= self._attention.arguments()
+        logits = model(input_ids=self._tokens, return_dict=True, **arguments).logits
+        if self._attention is not None:
+            self._attention.advance()
+        return logits
 
-    def load(self, cache: Any) -> None:
+    def load(self, cache: Any, behind: Behind) -> None:
         """Start behind the states of a cache."""
         for ours, theirs in zip(self._states, states_of(cache), strict=True):
             ours.copy_(theirs)
+        if self._attention is not None:
+            self._attention.load(cache, behind)
 
-    def store(self, cache: Any) -> None:
-        """Write the states behind the last step into a cache."""
+    def store(self, cache: Any, count: int) -> None:
+        """Write the states behind the last of so many steps into a cache."""
         for ours, theirs in zip(self._states, states_of(cache), strict=True):
             theirs.copy_(ours)
+        if self._attention is not None:
+            self._attention.store(cache, count)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The logits (B, 1, V) behind tokens (B,), in a tensor that the next step overwrites."""
@@ -469,12 +506,14 @@ def record(
 
 
 def states_of(cache: Any) -> list[Tensor]:
-    """The tensors of a cache, in order."""
+    """The tensors of a cache that have one size, in order."""
     return [
         tensor
         for entry in cache.layers
+        if hasattr(entry, "conv_states")
         for states in (entry.conv_states, entry.recurrent_states)
         for tensor in states.values()
+        if tensor is not None  # of a block without states, in some versions of transformers
     ]
 
 

@@ -297,8 +297,8 @@ class _ExtendedModel:
             *args: as in transformers.
             cuda_graph: record a decode step once and replay it for every token. The tokens are the
                 same, in a fraction of the time where launching kernels takes longest: one or a few
-                rows on a GPU. For greedy decoding and sampling with models whose cache does not
-                grow: Mamba, Mamba2, FalconMamba.
+                rows on a GPU. For greedy decoding and sampling. Attention layers get a cache with
+                room for all tokens that may come; their logits are the same up to rounding.
             **kwargs: as in transformers.
 
         Raises:

@@ -84,6 +84,8 @@ def test_seconds_by_length_are_drawn_with_their_floors(tmp_path: Path) -> None:
         Curve("theirs", {8192: 0.03}),
         Curve("memory", {8192: 1e-5, 524_288: 1e-3}, floor=True),
     ]
-    assert speed(curves, tmp_path / "speed.png", subtitle="one GPU").stat().st_size > 5000
+    plain = speed(curves, tmp_path / "speed.png", subtitle="one GPU").stat().st_size
+    rates = {"ours": 72.0, "ours, CUDA graph": 4380.0}
+    assert speed(curves, tmp_path / "more.png", rates=rates).stat().st_size > plain > 5000
     with pytest.raises(WidefieldError, match="nothing to draw"):
         speed([Curve("ours", {})], tmp_path / "none.png")

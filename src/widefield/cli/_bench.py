@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,11 +16,21 @@ from widefield.cli._models import Choice, Source, build_methods, choose
 from widefield.evaluation.grid import UNMODIFIED, length_label
 from widefield.evaluation.header import Subject, make_header
 from widefield.evaluation.results import write_atomically
-from widefield.evaluation.speed import STOCK, Side, SpeedGrid, Timing, measure_speed
+from widefield.evaluation.speed import (
+    DECODE,
+    GRAPH,
+    PREFILL,
+    STOCK,
+    Side,
+    SpeedGrid,
+    Timing,
+    measure_speed,
+)
 
 __all__ = ["run_bench", "sides_of"]
 
 _TITLES = {STOCK: "transformers", UNMODIFIED: "widefield"}
+_NEW = {DECODE: "each new", GRAPH: "… by CUDA graph"}
 
 
 def sides_of(
@@ -84,9 +94,7 @@ def run_bench(
     try:
         measure_speed(source.model, sides, grid, note)
     except KeyboardInterrupt:
-        _show(sides, grid, done)
-        kept = f"{len(done)} results are kept in {out}" if out and done else "nothing was written"
-        raise Interrupted(kept) from None
+        raise Interrupted(_kept(source, sides, grid, done, out, plot)) from None
     _show(sides, grid, done)
     for path in (out, _draw(source, sides, done, plot)):
         if path is not None:
@@ -94,16 +102,35 @@ def run_bench(
     return done
 
 
+def _kept(
+    source: Source,
+    sides: Sequence[Side],
+    grid: SpeedGrid,
+    done: Sequence[Timing],
+    out: Path | None,
+    plot: Path | None,
+) -> str:
+    """Show what there is after Ctrl-C, and say where it is kept."""
+    _show(sides, grid, done)
+    if not done:
+        return "nothing was measured"
+    drawn = _draw(source, sides, done, plot) if any(_prefills(done)) else None
+    files = " and ".join(str(path) for path in (out, drawn) if path is not None)
+    return f"{len(done)} results are kept in {files}" if files else "nothing was written"
+
+
 def _name(side: str) -> str:
     return _TITLES.get(side, title(side))
 
 
 def _line(timing: Timing) -> str:
-    new = "new " if timing.task == "decode" else ""
-    what = f"{length_label(timing.tokens)} {new}tokens"
+    how = {DECODE: " new", GRAPH: " new"}.get(timing.task, "")
+    what = f"{length_label(timing.tokens)}{how} tokens"
+    if timing.task == GRAPH:
+        what += " through a CUDA graph"
     if timing.failed is not None:
         return f"{_name(timing.side)}, {what}: {timing.failed}"
-    if timing.task == "decode":
+    if timing.task != PREFILL:
         return f"{_name(timing.side)}, {what}: {_rate(timing):.1f} tokens/s"
     return f"{_name(timing.side)}, {what}: {timing.median:.3f} s{_memory(timing, ', ')}"
 
@@ -125,24 +152,32 @@ def _show(sides: Sequence[Side], grid: SpeedGrid, done: Sequence[Timing]) -> Non
     table.add_column("tokens", justify="right", no_wrap=True)
     for side in sides:
         table.add_column(_name(side.name), justify="right", no_wrap=True)
-    rows = [("prefill", n, length_label(n)) for n in sorted(grid.lengths)]
-    rows += [("decode", grid.new_tokens, "each new")] if grid.new_tokens else []
+    rows = [(PREFILL, n, length_label(n)) for n in sorted(grid.lengths)]
+    rows += [(t, grid.new_tokens, _NEW[t]) for t in _NEW if any(d.task == t for d in done)]
     for task, tokens, label in rows:
-        first = known.get((sides[0].name, task, tokens))
+        # The stock model has no graph: what it does without one is what a graph is compared with.
+        first = known.get((sides[0].name, DECODE if task == GRAPH else task, tokens))
         cells = [_cell(known.get((side.name, task, tokens)), first) for side in sides]
         table.add_row(label, *cells)
     Console().print(table)
+    for reason in dict.fromkeys(t.failed for t in done if t.task == GRAPH and t.failed):
+        print(f"– {reason}")
 
 
 def _cell(timing: Timing | None, first: Timing | None) -> str:
     if timing is None:
         return ""
     if timing.failed is not None:
-        return timing.failed
-    value = f"{_rate(timing):.1f}/s" if timing.task == "decode" else f"{timing.median:.3f} s"
+        return "–" if timing.task == GRAPH else timing.failed
+    value = f"{timing.median:.3f} s" if timing.task == PREFILL else f"{_rate(timing):.1f}/s"
     ratio = math.nan if first is None or first is timing else first.median / timing.median
     faster = "" if math.isnan(ratio) else f"  {ratio:.1f}×"
     return f"{value}{faster}{_memory(timing, chr(10))}"
+
+
+def _prefills(done: Sequence[Timing]) -> Iterator[Timing]:
+    """Those that a picture shows by length."""
+    return (t for t in done if t.task == PREFILL and t.seconds)
 
 
 def _draw(
@@ -152,9 +187,15 @@ def _draw(
         return None
     from widefield.evaluation.plots import Curve, speed  # matplotlib takes a second to import
 
-    measured = [t for t in done if t.task == "prefill" and t.seconds]
     curves = [
-        Curve(_name(side.name), {t.tokens: t.median for t in measured if t.side == side.name})
+        Curve(
+            _name(side.name), {t.tokens: t.median for t in _prefills(done) if t.side == side.name}
+        )
         for side in sides
     ]
-    return speed(curves, plot, "Seconds of a prompt by its length", source.name)
+    rates = {
+        _name(t.side) + (", CUDA graph" if t.task == GRAPH else ""): _rate(t)
+        for t in done
+        if t.task != PREFILL and t.seconds
+    }
+    return speed(curves, plot, "Seconds of a prompt by its length", source.name, rates)

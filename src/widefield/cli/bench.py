@@ -7,23 +7,13 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a hub id, bundled:base or bundled:decimated.")
-    ] = "bundled:base",
-    lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens, k = 1,024.")
-    ] = "1k,4k,16k",
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Methods to compare, commas between; + puts several into one model.",
-            show_default="unmodified, and all that the model has settings for",
-        ),
-    ] = None,
+    model: _options.ModelArgument = "bundled:base",
+    lengths: _options.Lengths = "1k,4k,16k",
+    method: _options.ComparedIfGiven = None,
     stock: Annotated[
         bool, typer.Option(help="Time the model as transformers runs it, too.")
     ] = True,
@@ -34,28 +24,11 @@ def bench(
     limit: Annotated[
         float, typer.Option(help="Seconds: longer prompts than that are left out.")
     ] = 60.0,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
-    ] = None,
-    tuned: Annotated[
-        Path | None, typer.Option("--methods", help="Settings written by `widefield tune`.")
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="METHOD.OPTION=VALUE",
-            help="Change a method's option, e.g. longmamba.clamp_share=0.01. Repeatable.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
-        ),
-    ] = None,
+    calibration: _options.Calibration = None,
+    tuned: _options.Tuned = None,
+    changes: _options.Changes = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
     seed: Annotated[int, typer.Option(help="Draws the tokens.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The .json file to write.")] = None,
     plot: Annotated[

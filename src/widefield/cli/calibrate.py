@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 
 def calibrate(
@@ -21,13 +21,8 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     sequences: Annotated[int, typer.Option(help="Sequences of the training length to read.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
-        ),
-    ] = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
 ) -> None:
     """Measure a model's Δ, which LongMamba needs.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 
 def convert(
@@ -15,12 +15,7 @@ def convert(
         str, typer.Argument(help="A folder or a hub id, e.g. state-spaces/mamba-130m.")
     ],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
-        ),
-    ] = None,
+    dtype: _options.Dtype = None,
 ) -> None:
     """Write a checkpoint in the layout of transformers.
 

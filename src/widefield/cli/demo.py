@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 LENGTHS = "1k,2k,4k,8k,16k"
 DEPTHS = "0,0.25,0.5,0.75,1"
@@ -27,9 +27,7 @@ def demo(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Prompts a cell.", show_default="2")] = None,
     seed: Annotated[int, typer.Option(help="Draws the keys and the text around them.")] = 0,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over; results there become results.old.json.")
-    ] = False,
+    fresh: _options.Fresh = False,
 ) -> None:
     """Find a hidden key at 1 to 16 times the training length.
 

@@ -7,67 +7,27 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on a model: passkey, bits.")
-
-Model = Annotated[str, typer.Option(help="A folder, a hub id, bundled:base or bundled:decimated.")]
-Method = Annotated[
-    str, typer.Option(help="Methods to compare, commas between; + puts several into one model.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="METHOD.OPTION=VALUE",
-        help="Change a method's option, e.g. longmamba.clamp_share=0.01. Repeatable.",
-    ),
-]
-Tuned = Annotated[
-    Path | None, typer.Option("--methods", help="Settings written by `widefield tune`.")
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over; results there become results.old.json.")
-]
-Seed = Annotated[int, typer.Option(help="Draws keys and pieces of text.")]
-BatchTokens = Annotated[
-    int | None, typer.Option(help="Most tokens in a batch.", show_default="by free memory")
-]
 
 
 @app.command()
 def passkey(
-    model: Model = "bundled:base",
-    method: Method = "unmodified,longmamba",
-    lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens, k = 1,024.")
-    ] = "1k,4k,16k",
+    model: _options.Model = "bundled:base",
+    method: _options.Compared = "unmodified,longmamba",
+    lengths: _options.Lengths = "1k,4k,16k",
     depths: Annotated[str, typer.Option(help="Where the key lies, 0 to 1.")] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(help="Prompts a cell.")] = 4,
-    haystack: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to hide keys in: a file, or a folder of .txt.",
-            show_default="Python's own docs",
-        ),
-    ] = None,
-    calibration: Calibration = None,
-    tuned: Tuned = None,
-    changes: Set = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    batch_tokens: BatchTokens = None,
-    fresh: Fresh = False,
+    haystack: _options.Haystack = None,
+    calibration: _options.Calibration = None,
+    tuned: _options.Tuned = None,
+    changes: _options.Changes = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
+    seed: _options.Seed = 0,
+    batch_tokens: _options.BatchTokens = None,
+    fresh: _options.Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and passkey.png.")] = Path(
         "widefield-results/passkey"
     ),
@@ -93,21 +53,21 @@ def passkey(
 @app.command()
 def bits(
     texts: Annotated[Path, typer.Option(help="Long texts: a file, or a folder of .txt files.")],
-    model: Model = "bundled:base",
-    method: Method = "unmodified,longmamba",
+    model: _options.Model = "bundled:base",
+    method: _options.Compared = "unmodified,longmamba",
     lengths: Annotated[
         str, typer.Option(help="Context lengths in tokens, k = 1,024.")
     ] = "1k,4k,16k",
     windows: Annotated[int, typer.Option(help="Windows of text a length.")] = 8,
     last: Annotated[int, typer.Option(help="Scored tokens at the end of each window.")] = 2048,
-    calibration: Calibration = None,
-    tuned: Tuned = None,
-    changes: Set = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    batch_tokens: BatchTokens = None,
-    fresh: Fresh = False,
+    calibration: _options.Calibration = None,
+    tuned: _options.Tuned = None,
+    changes: _options.Changes = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
+    seed: _options.Seed = 0,
+    batch_tokens: _options.BatchTokens = None,
+    fresh: _options.Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json.")] = Path(
         "widefield-results/bits"
     ),

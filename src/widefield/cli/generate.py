@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 from widefield.errors import WidefieldError
 
 
@@ -16,9 +16,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="A file with the text to go on with; - is standard input.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A folder, a hub id, bundled:base or bundled:decimated.")
-    ] = "bundled:base",
+    model: _options.Model = "bundled:base",
     method: Annotated[
         str | None,
         typer.Option(
@@ -40,28 +38,11 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="With --sample: draws the tokens.")] = 0,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
-    ] = None,
-    tuned: Annotated[
-        Path | None, typer.Option("--methods", help="Settings written by `widefield tune`.")
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="METHOD.OPTION=VALUE",
-            help="Change a method's option, e.g. longmamba.clamp_share=0.01. Repeatable.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
-        ),
-    ] = None,
+    calibration: _options.Calibration = None,
+    tuned: _options.Tuned = None,
+    changes: _options.Changes = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
     cuda_graph: Annotated[
         bool,
         typer.Option("--cuda-graph", help="On a GPU: the same tokens, replayed many times faster."),

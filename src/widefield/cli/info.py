@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 
 
 def info(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a hub id, bundled:base or bundled:decimated.")
-    ] = "bundled:base",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
-    ] = None,
+    model: _options.ModelArgument = "bundled:base",
+    calibration: _options.Calibration = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, for other programs.")
     ] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from widefield.cli import _common
+from widefield.cli import _common, _options
 from widefield.errors import WidefieldError
 from widefield.evaluation.grid import parse_lengths
 from widefield.tasks.texts import Haystack, default_haystack, load_haystack, load_texts
@@ -33,17 +33,8 @@ def tune(
     model: Annotated[
         str, typer.Option(help="A folder, a hub id or bundled:base.")
     ] = "bundled:base",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Written by `widefield calibrate`.", show_default="the model's own"),
-    ] = None,
-    haystack: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to hide keys in: a file, or a folder of .txt.",
-            show_default="Python's own docs",
-        ),
-    ] = None,
+    calibration: _options.Calibration = None,
+    haystack: _options.Haystack = None,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -65,17 +56,10 @@ def tune(
     quality_limit: Annotated[
         float, typer.Option(help="Highest relative rise of bits a byte, e.g. 0.03.")
     ] = 0.03,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws keys and pieces of text.")] = 0,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens in a batch.", show_default="by free memory")
-    ] = None,
+    device: _options.Device = "cpu",
+    dtype: _options.Dtype = None,
+    seed: _options.Seed = 0,
+    batch_tokens: _options.BatchTokens = None,
 ) -> None:
     """Choose LongMamba's settings by measurement.
 

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _DPI = 150
+_BAR = 0.26  # inches
 _INK, _MUTED, _GRID, _MARK = "#1f2933", "#5f6b76", "#d9dee3", "#c2185b"
 _COLOURS = colormaps["viridis"]
 # Okabe and Ito's colours, told apart by colour-blind readers, each with its own marker.
@@ -332,6 +333,7 @@ def speed(
     path: str | Path,
     title: str = "Seconds of a prefill by length",
     subtitle: str = "",
+    rates: Mapping[str, float] | None = None,
 ) -> Path:
     """Seconds against length, both logarithmic, one line a side and one a floor.
 
@@ -340,6 +342,7 @@ def speed(
         path: of the PNG; written atomically.
         title: over everything.
         subtitle: below it.
+        rates: new tokens a second by name, as bars under the lines; none draws none.
 
     Returns:
         The path.
@@ -350,7 +353,8 @@ def speed(
     curves = [curve for curve in curves if curve.seconds]
     if not curves:
         raise WidefieldError("there is nothing to draw: no length has been measured yet")
-    figure, axes = _chart()
+    bars = _BAR * len(rates) + 0.6 if rates else 0.0
+    figure, axes = _chart(bars)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for i, curve in enumerate(c for c in curves if not c.floor):
@@ -367,7 +371,26 @@ def speed(
     axes.set_ylabel("seconds", fontsize=9, color=_INK)
     _legend(axes)
     _headings(figure, title, subtitle, 0.8)
+    if rates:
+        _draw_rates(figure, rates, bars)
     return _write(figure, path)
+
+
+def _draw_rates(figure: Figure, rates: Mapping[str, float], inches: float) -> None:
+    """A bar a name, at the bottom of a figure that has so much room for them."""
+    width, height = figure.get_size_inches()
+    box = (2.3 / width, 0.2 / height, (width - 3.2) / width, (inches - 0.6) / height)
+    axes = figure.add_axes(box)
+    names, values = list(rates), list(rates.values())
+    drawn = axes.barh(names, values, height=0.62, color=_SERIES[0][0])
+    axes.bar_label(drawn, [f"{v:,.0f}" for v in values], padding=4, fontsize=8.5, color=_INK)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=8.5, colors=_INK)
+    axes.spines[:].set_visible(False)
+    figure.text(
+        0.8 / width, (inches - 0.32) / height, "New tokens a second", fontsize=9, color=_INK
+    )
 
 
 def _plot_curve(axes: Axes, curve: Curve, **look: Any) -> None:
@@ -538,9 +561,11 @@ def _outside(box: Sequence[float], frame: Sequence[float]) -> float:
     return area - _overlap(box, frame)
 
 
-def _chart() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.8, 4.3), dpi=_DPI, facecolor="white")
-    axes = figure.add_axes((0.8 / 6.8, 0.62 / 4.3, 5.7 / 6.8, 2.8 / 4.3))
+def _chart(below: float = 0.0) -> tuple[Figure, Axes]:
+    """A figure with axes, and so many free inches below them."""
+    height = 4.3 + below
+    figure = Figure(figsize=(6.8, height), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes((0.8 / 6.8, (0.62 + below) / height, 5.7 / 6.8, 2.8 / height))
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=8.5, colors=_INK)

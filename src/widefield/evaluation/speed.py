@@ -1,5 +1,7 @@
 """How fast a model reads and writes: seconds and memory of a prefill by length, tokens a second.
 
+On a GPU tokens are also decoded through a CUDA graph, by the sides that can.
+
 Sides are measured in turn, in one process, on the same random tokens: what slows the machine down
 for a while slows all of them down.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,17 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
+from widefield import decoding
 from widefield.errors import WidefieldError
 from widefield.evaluation.batches import Stopwatch, free_memory, is_out_of_memory
 from widefield.evaluation.grid import check_counts, length_label
 from widefield.extension import extended
 from widefield.methods.base import Method
 
-__all__ = ["STOCK", "Side", "SpeedGrid", "Timing", "measure_speed"]
+__all__ = ["DECODE", "GRAPH", "PREFILL", "STOCK", "Side", "SpeedGrid", "Timing", "measure_speed"]
 
 STOCK = "stock"
+PREFILL, DECODE, GRAPH = "prefill", "decode", "decode_graph"
 _PROMPT = 16  # tokens before those that are generated
+_GPU = "cuda"
+_FIXED = 128e6  # bytes that a prompt of any length takes: compiled code, buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Timing:
 
     Attributes:
         side: its name.
-        task: "prefill" or "decode".
+        task: "prefill", "decode", or "decode_graph" through a CUDA graph.
         tokens: of the prompt, or those that were generated.
         seconds: of each run; empty where there was none.
         peak_bytes: most memory beyond the loaded model in a prefill; None where the system does not
@@ -117,8 +125,9 @@ def measure_speed(
 ) -> list[Timing]:
     """Measure every side at every length, shortest first, then tokens one by one.
 
-    A side that runs out of memory, or would take longer than the limit, is left out at greater
-    lengths; the others go on.
+    On a GPU, all sides but the stock model then decode through a CUDA graph, too. A side that runs
+    out of memory, or would take longer than the limit, is left out at greater lengths; the others
+    go on.
 
     Args:
         model: of transformers, with a language-model head, not extended; left as it was.
@@ -133,8 +142,8 @@ def measure_speed(
         for timing in bench.prefills(sides, length):
             found.append(timing)
             tell(timing)
-    if grid.new_tokens:
-        for timing in bench.decodes(sides):
+    for task in bench.decoding_tasks():
+        for timing in bench.decodes(sides, task):
             found.append(timing)
             tell(timing)
     return found
@@ -151,7 +160,7 @@ class _Bench:
 
     def prefills(self, sides: Sequence[Side], length: int) -> Iterator[Timing]:
         """One timing a side; each round runs every side once."""
-        ids = self._ids(length)
+        ids: Tensor | None = None
         failed = {side.name: self._hopeless(side, length) for side in sides}
         runs: dict[str, list[float]] = {side.name: [] for side in sides}
         peaks: dict[str, int | None] = {}
@@ -159,32 +168,47 @@ class _Bench:
             for side in sides:
                 if failed[side.name] is None:
                     with _failures(failed, side, self.device):
+                        ids = self._ids(length) if ids is None else ids
                         seconds, peak = self._prefill(side, ids, watch=turn == 1)
                         if turn == 1:  # compilers have had their memory
                             peaks[side.name] = peak
                         runs[side.name] += [seconds] if turn else []
         for side in sides:
             timing = Timing(
-                side.name, "prefill", length, tuple(runs[side.name]), peaks.get(side.name),
+                side.name, PREFILL, length, tuple(runs[side.name]), peaks.get(side.name),
                 failed[side.name],
             )  # fmt: skip
             self._last[side.name] = timing
             yield timing
 
-    def decodes(self, sides: Sequence[Side]) -> Iterator[Timing]:
-        """Seconds of the new tokens of one row behind a short prompt."""
-        failed: dict[str, str | None] = {side.name: None for side in sides}
+    def decoding_tasks(self) -> tuple[str, ...]:
+        """The ways in which new tokens come."""
+        if not self.grid.new_tokens:
+            return ()
+        return (DECODE, GRAPH) if self.device.type == _GPU else (DECODE,)
+
+    def decodes(self, sides: Sequence[Side], task: str) -> Iterator[Timing]:
+        """Seconds of the new tokens of one row behind a short prompt, one timing a side."""
+        if task == GRAPH:
+            sides = [side for side in sides if side.methods is not None]
+        failed = {side.name: self._ungraphed(side) if task == GRAPH else None for side in sides}
         runs: dict[str, list[float]] = {side.name: [] for side in sides}
         for turn in range(1 + self.grid.repeats):
             for side in sides:
                 if failed[side.name] is None:
                     with _failures(failed, side, self.device):
                         # What is compiled at the first step is the same for any number of them.
-                        seconds = self._decode(side, self.grid.new_tokens if turn else 2)
+                        seconds = self._decode(side, self.grid.new_tokens if turn else 2, task)
                         runs[side.name] += [seconds] if turn else []
         for side in sides:
             taken = tuple(runs[side.name])
-            yield Timing(side.name, "decode", self.grid.new_tokens, taken, failed=failed[side.name])
+            yield Timing(side.name, task, self.grid.new_tokens, taken, failed=failed[side.name])
+
+    def _ungraphed(self, side: Side) -> str | None:
+        """Why a side cannot decode through a graph, or None."""
+        with self._on(side):
+            needed = decoding.what_graph_needs(self.model, attention=True)
+        return None if needed is None else f"a CUDA graph needs {needed}"
 
     def _ids(self, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.grid.seed)
@@ -199,16 +223,24 @@ class _Bench:
                 self.model(ids, logits_to_keep=1, use_cache=True)
             return stopwatch.seconds, peak()
 
-    def _decode(self, side: Side, tokens: int) -> float:
-        ids = self._ids(_PROMPT)
+    def _decode(self, side: Side, tokens: int, task: str) -> float:
+        """Seconds from one token to the last of so many more."""
         with self._on(side):
-            stopwatch = Stopwatch(self.device)
-            with stopwatch:
-                self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                    min_new_tokens=tokens, do_sample=False, pad_token_id=0,
-                )  # fmt: skip
-            return stopwatch.seconds
+            if task == GRAPH:
+                self._generate(2, task, None)  # records it, for as long as the side is on
+            clock = _SinceFirst()
+            self._generate(1 + tokens, task, clock)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return clock.seconds()
+
+    def _generate(self, tokens: int, task: str, streamer: BaseStreamer | None) -> None:
+        ids = self._ids(_PROMPT)
+        graph = {"cuda_graph": True} if task == GRAPH else {}
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+            min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=streamer, **graph,
+        )  # fmt: skip
 
     @contextmanager
     def _on(self, side: Side) -> Iterator[None]:
@@ -228,7 +260,8 @@ class _Bench:
         factor = length / last.tokens
         if last.median * factor > self.grid.limit:
             return f"over {self.grid.limit:.0f} s"
-        if last.peak_bytes is not None and last.peak_bytes * factor > free_memory(self.device):
+        growing = max(0.0, (last.peak_bytes or 0) - _FIXED)
+        if growing * factor > free_memory(self.device):
             return f"out of memory from {length_label(length)} on"
         return None
 
@@ -252,6 +285,26 @@ def _failures(failed: dict[str, str | None], side: Side, device: torch.device) -
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class _SinceFirst(BaseStreamer):
+    """Knows how long ago the first new token came: what is before it is a prefill."""
+
+    def __init__(self) -> None:
+        self._calls, self._start = 0, 0.0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then a token a call."""
+        self._calls += 1
+        if self._calls == 2:
+            self._start = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing to write."""
+
+    def seconds(self) -> float:
+        """Since the first new token."""
+        return time.perf_counter() - self._start
 
 
 class _Memory:

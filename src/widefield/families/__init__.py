@@ -24,15 +24,19 @@ from widefield.families._context import (
     check_finite,
     read_padding,
 )
+from widefield.families._fixed import Behind, FixedAttention, attends, what_attention_needs
 from widefield.plan import ModelLayout
 
 __all__ = [
     "SUPPORTED",
+    "Behind",
     "ChunkedPrefill",
+    "FixedAttention",
     "LayerCache",
     "Link",
     "Observer",
     "Padding",
+    "attends",
     "chain_blocks",
     "check_covers",
     "check_finite",
@@ -44,6 +48,7 @@ __all__ = [
     "read_padding",
     "swaps",
     "weights_fingerprint",
+    "what_attention_needs",
 ]
 
 # mixer class → (module of transformers that defines it, module here that replaces it)
