@@ -532,8 +532,8 @@ struct Producer {
     }
 };
 
-// Freezes what has been left in the buffer and is close to its limit. Not in the producers' loop:
-// what is seldom needed shall not take their registers.
+// Freezes what has been left in a buffer, of the numbers that are close to their limits. Not in the
+// producers' loop: what is seldom needed shall not take their registers.
 __device__ __noinline__ void settle(const Parameters& p, i64 row, int first_channel, i64 first,
                                     int lane, Shared buffer, Shared limits) {
     Tokens tokens = tokens_of(p, row);
@@ -542,13 +542,13 @@ __device__ __noinline__ void settle(const Parameters& p, i64 row, int first_chan
     for (int i = lane; i < TILE * CHANNELS; i += 32) {
         int t = i / CHANNELS, c = i % CHANNELS, d = first_channel + c;
         if (d >= p.channels || first + t >= tokens.length) continue;
-        float v = number_at<DELTA_KIND>(p.delta, tokens.at(p.delta_row, first + t, p.delta_token) + d);
+        i64 token = tokens.at(p.delta_row, first + t, p.delta_token);
+        float v = number_at<DELTA_KIND>(p.delta, token + d), limit[2];
         if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
-        float limit[2];
         read2(limit, limits + c / 2 * 2);
         if (Limit{c % 2 ? limit[1] : limit[0], true}.decides(v)) continue;
-        float scale = SCALE ? p.scale[tokens.row * p.scale_row + d] : 1.0f;
-        if (!below_floor(v, scale, p.floor[tokens.row * p.floor_row + d])) continue;
+        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
+        if (!below_floor(v, scale, p.floor[row * p.floor_row + d])) continue;
         write1(buffer + (delta_of(c) + t), 0.0f);
         write1(buffer + (delta_of(c) + t + WRITTEN_AT), 0.0f);
     }
@@ -571,8 +571,9 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
             of.make<true>(buffer);
         else
             of.make<false>(buffer);
-        if (LIMITS && of.doubtful) settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane, buffer,
-                   of.limits);
+        if (LIMITS && of.doubtful)
+            settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane,
+                   buffer, of.limits);
         barrier_arrive(buffers.full(at_slot.slot), at.lane);
         at_slot.advance(PRODUCER_COUNT);
         if (at.whole(tile + PRODUCER_COUNT))
