@@ -92,6 +92,22 @@ static bool __all_sync(unsigned, bool value) {
     return all;
 }
 
+template <typename Choose>
+static int over_lanes(int value, Choose choose) {
+    Warp& warp = warps[current / 32];
+    warp.values[current % 32] = value;
+    __syncwarp();
+    for (unsigned v : warp.values) value = choose(value, (int)v);
+    __syncwarp();
+    return value;
+}
+static int __reduce_min_sync(unsigned, int value) {
+    return over_lanes(value, [](int a, int b) { return min(a, b); });
+}
+static int __reduce_max_sync(unsigned, int value) {
+    return over_lanes(value, [](int a, int b) { return max(a, b); });
+}
+
 // ---- what the kernel writes in PTX ------------------------------------------------------------------
 
 static float exp2_fast(float v) {

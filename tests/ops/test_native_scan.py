@@ -25,7 +25,7 @@ from widefield.plan import LayerPlan, ScanInputs
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
-LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values(), native._FLOORED[3]]
+LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values()]
 
 
 @pytest.fixture(scope="session")
@@ -363,7 +363,6 @@ def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
         (1, 1536, 32, "exact", 101_376, dataclasses.replace(native._LAYOUTS[3], slots=4)),
         (1, 1536, 16, "brief", 232_448, native._TENSOR[3]),
         (2, 2048, 16, "brief", 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
-        (1, 1536, 16, "floored", 232_448, native._FLOORED[3]),
         (1, 512, 16, "brief", 232_448, native._SPREAD),
     ],
 )

@@ -239,7 +239,7 @@ struct Ring {
         if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
     }
 };
-// The buffers, and behind them their barriers.
+// The buffers, and behind them their barriers and the limits of Δ.
 struct Buffers {
     Shared start;
 
@@ -247,6 +247,7 @@ struct Buffers {
     __device__ __forceinline__ Shared barrier(int kind, u32 slot) const {
         return start + (SLOTS * BUFFER + 2 * SLOTS * kind) + 2 * slot;
     }
+    __device__ __forceinline__ Shared limits() const { return barrier(3, 0); }
     __device__ __forceinline__ Shared full(u32 slot) const { return barrier(0, slot); }
     __device__ __forceinline__ Shared done(u32 slot) const { return barrier(1, slot); }
     __device__ __forceinline__ Shared free(u32 slot) const { return barrier(2, slot); }
@@ -423,11 +424,29 @@ struct Valid {
     }
 };
 
+constexpr bool LIMITS = FLOOR && SOFTPLUS;
+
+// The limits of the block's channels, and behind them whether they are doubtful. Where there is no
+// softplus, they are the floors.
+__device__ __forceinline__ void find_limits(const Parameters& p, i64 row, int first_channel,
+                                            int warp, int lane, Shared to) {
+    for (int c = warp; c < CHANNELS; c += WARPS) {
+        int d = min(first_channel + c, p.channels - 1);
+        float floor = p.floor[row * p.floor_row + d];
+        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
+        Limit limit = LIMITS ? limit_of<32>(scale, floor, lane) : Limit{floor, false};
+        write1(to + c, limit.value);
+        write1(to + (CHANNELS + c), limit.doubtful ? 1.0f : 0.0f);
+    }
+}
+
 struct Producer {
     Pieces at;
     Stream<X_KIND, QUADS> x_from;
     Stream<DELTA_KIND, QUADS> delta_from;
-    float bias[QUADS][4], scale[QUADS][4], floor[QUADS][4];
+    float bias[QUADS][4], scale[QUADS][4];
+    Shared limits;
+    bool doubtful;  // any of the limits
     Piece<X_KIND, 4> x[QUADS];
     Piece<DELTA_KIND, 4> delta[QUADS];
     Valid valid;
@@ -452,8 +471,12 @@ struct Producer {
                      [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
         at.constants(scale, 1.0f,
                      [&](int c) { return SCALE ? p.scale[at.tokens.row * p.scale_row + c] : 1.0f; });
-        at.constants(floor, 0.0f,
-                     [&](int c) { return FLOOR ? p.floor[at.tokens.row * p.floor_row + c] : 0.0f; });
+        doubtful = false;
+        for (int c = 0; c < (LIMITS ? CHANNELS : 0); c += 4) {
+            float doubt[4];
+            read4(doubt, limits + (CHANNELS + c));
+            doubtful |= doubt[0] + doubt[1] + doubt[2] + doubt[3] > 0.0f;
+        }
     }
 
     // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
@@ -477,9 +500,11 @@ struct Producer {
     __device__ __forceinline__ void make(Shared buffer) const {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
+            float limit[4];
+            if (FLOOR) read4(limit, limits + at.channel(i));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                float step = step_of(i, k);
+                float step = step_of(i, k, limit[k]);
                 step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
                 float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
@@ -499,22 +524,41 @@ struct Producer {
         }
     }
 
-    __device__ __forceinline__ float step_of(int i, int k) const {
+    __device__ __forceinline__ float step_of(int i, int k, float limit) const {
         float v = delta[i].at(k) + bias[i][k];
         float step = SOFTPLUS ? softplus(v) : v;
         if (SCALE) step *= scale[i][k];
-        if (!FLOOR) return step;
-        bool frozen = step < floor[i][k];
-        if (fabsf(step - floor[i][k]) <= 1e-5f * fabsf(floor[i][k]))
-            frozen = below_floor(v, scale[i][k], floor[i][k], SOFTPLUS, SCALE);
-        return frozen ? 0.0f : step;
+        return FLOOR && (SOFTPLUS ? v : step) < limit ? 0.0f : step;
     }
 };
+
+// Freezes what has been left in a buffer, of the numbers that are close to their limits. Not in the
+// producers' loop: what is seldom needed shall not take their registers.
+__device__ __noinline__ void settle(const Parameters& p, i64 row, int first_channel, i64 first,
+                                    int lane, Shared buffer, Shared limits) {
+    Tokens tokens = tokens_of(p, row);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < TILE * CHANNELS; i += 32) {
+        int t = i / CHANNELS, c = i % CHANNELS, d = first_channel + c;
+        if (d >= p.channels || first + t >= tokens.length) continue;
+        i64 token = tokens.at(p.delta_row, first + t, p.delta_token);
+        float v = number_at<DELTA_KIND>(p.delta, token + d), limit[2];
+        if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
+        read2(limit, limits + c / 2 * 2);
+        if (Limit{c % 2 ? limit[1] : limit[0], true}.decides(v)) continue;
+        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
+        if (!below_floor(v, scale, p.floor[row * p.floor_row + d])) continue;
+        write1(buffer + (delta_of(c) + t), 0.0f);
+        write1(buffer + (delta_of(c) + t + WRITTEN_AT), 0.0f);
+    }
+}
 
 __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
                                         const Buffers& buffers) {
     Producer of;
     of.at = at;
+    of.limits = buffers.limits();
     of.place(p, static_cast<i64>(producer) * TILE);
     u32 tiles = at.tokens.tiles;
     of.load<false>(at.tokens.rows(producer));
@@ -527,6 +571,9 @@ __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, i
             of.make<true>(buffer);
         else
             of.make<false>(buffer);
+        if (LIMITS && of.doubtful)
+            settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane,
+                   buffer, of.limits);
         barrier_arrive(buffers.full(at_slot.slot), at.lane);
         at_slot.advance(PRODUCER_COUNT);
         if (at.whole(tile + PRODUCER_COUNT))
@@ -1014,7 +1061,7 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
 
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
               "made for these");
-static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8),
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + CHANNELS * 8,
               "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -1033,6 +1080,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         barrier_init(buffers.done(threadIdx.x), CONSUMERS);
         barrier_init(buffers.free(threadIdx.x), 1);
     }
+    if (FLOOR) find_limits(p, tokens.row, first_channel, warp, lane, buffers.limits());
     __syncthreads();
     if (warp < CONSUMERS) {
         if constexpr (TENSOR)

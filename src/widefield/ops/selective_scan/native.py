@@ -70,7 +70,7 @@ class Layout:
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
             part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
-        return self.slots * (4 * (2 * delta + projections + sums) + 24)
+        return self.slots * (4 * (2 * delta + projections + sums) + 24) + 8 * self.channels
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
@@ -86,8 +86,6 @@ _TENSOR = {
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x8880000, slots=8, tensor=True),
     4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
 }
-# A floor makes producers slow: they need a scheduler to themselves.
-_FLOORED = _TENSOR | {3: replace(_TENSOR[3], finishers=0x70)}
 
 
 class _Parameters(ctypes.Structure):
@@ -240,9 +238,7 @@ class _Call:
     def layouts(self, states: int) -> str:
         """Which layouts there are: on tensor cores, where sums rounded to bfloat16 are enough."""
         brief = all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
-        if not brief or states != 16:
-            return "exact"
-        return "brief" if self.floor is None else "floored"
+        return "brief" if brief and states == 16 else "exact"
 
     def kinds(self) -> tuple[int, ...]:
         read = (self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias)
@@ -286,7 +282,7 @@ class _Call:
 def _layout(device: int, rows: int, channels: int, states: int, layouts: str) -> Layout:
     """As many channels a block as let every multiprocessor have a block."""
     chip = torch.cuda.get_device_properties(device)
-    table = _LAYOUTS | {"exact": {}, "brief": _TENSOR, "floored": _FLOORED}[layouts]
+    table = _LAYOUTS | {"exact": {}, "brief": _TENSOR}[layouts]
     quads = rows * -(-channels // 4)
     quads = min(max(table), -(-quads // chip.multi_processor_count))
     layout = _SPREAD if quads == 1 and states >= _SPREAD.group else table[quads]

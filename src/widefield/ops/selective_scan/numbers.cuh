@@ -101,13 +101,59 @@ __device__ __forceinline__ float sigmoid(float v) {
     return reciprocal(1.0f + exp_of(-v));
 }
 
-// As torch computes it on a GPU, bit for bit: it decides where Δ lies next to its floor.
-__device__ __noinline__ bool below_floor(float v, float scale, float floor, bool softplus,
-                                         bool scaled) {
-    float delta = v;
-    if (softplus && v <= 20.0f) delta = log1pf(expf(v));
-    if (scaled) delta *= scale;
-    return delta < floor;
+// Whether softplus(v) * scale lies below a floor, as torch computes it on a GPU, bit for bit.
+__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
+    return (v > 20.0f ? v : log1pf(expf(v))) * scale < floor;
+}
+
+// The floor of one channel's Δ, as a limit of what its softplus is made of: that takes one
+// comparison, where Δ itself, computed in another way than torch's, would need a second look.
+struct Limit {
+    float value;    // below it, Δ is below its floor; above it, it is not,
+    bool doubtful;  // but for what lies close above it, if this is set
+
+    __device__ __forceinline__ bool decides(float v) const {
+        return !(v >= value) || v >= fmaf(4e-6f, 1.0f + fabsf(value), value);
+    }
+};
+
+__device__ __forceinline__ float floats_on(float from, int count) {
+    u32 bits = __float_as_uint(from);
+    return __uint_as_float(from < 0.0f ? bits - count : bits + count);
+}
+
+// Half the width of where roundings may decide: twice what those of softplus, scale and `middle`
+// itself come to.
+__device__ __forceinline__ float doubt_around(float middle) {
+    return 7e-7f * (1.0f + fmaxf(middle, 0.0f)) + 2e-7f * (1.0f + fabsf(middle));
+}
+
+// All floats close to where softplus reaches the floor are tried out, by LANES lanes together.
+template <int LANES>
+__device__ __forceinline__ Limit limit_of(float scale, float floor, int lane) {
+    constexpr float LARGEST = 3.4e38f;
+    constexpr int MOST = 256;  // floats worth trying
+    float endless = __uint_as_float(0x7f800000);
+    Limit open = {-endless, true};
+    if (!(scale > 0.0f)) return open;
+    if (!(floor > 0.0f)) return {-LARGEST, false};
+    if (floor > LARGEST && scale <= 1.0f) return {endless, false};
+    float target = floor / scale;
+    if (floor < 1e-37f || target < 1e-37f || target > 1e30f) return open;
+    float middle = target > 20.0f ? target : logf(expm1f(target));
+    float low = middle - doubt_around(middle), high = middle + doubt_around(middle);
+    int count = abs(static_cast<int>(__float_as_uint(high) - __float_as_uint(low)));
+    if ((low < 0.0f) != (high < 0.0f) || count > MOST) return {low, true};
+    int first_open = count, last_frozen = -1;
+#pragma unroll 1
+    for (int start = 0; start < count; start += LANES) {
+        int i = LANES == 1 ? start : start + lane;
+        bool frozen = i < count && below_floor(floats_on(low, i), scale, floor);
+        int is_open = frozen ? count : min(i, count), is_frozen = frozen ? i : -1;
+        first_open = min(first_open, LANES == 1 ? is_open : __reduce_min_sync(~0u, is_open));
+        last_frozen = max(last_frozen, LANES == 1 ? is_frozen : __reduce_max_sync(~0u, is_frozen));
+    }
+    return {floats_on(low, first_open), last_frozen > first_open};
 }
 
 template <int KIND>

@@ -247,10 +247,30 @@ struct Projection {
     }
 };
 
+// Which numbers of a tile are frozen, of those that are close to a limit. Not in the loops: what is
+// seldom needed shall not take their registers.
+__device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
+                                   int rows, float limit, float second) {
+    u32 frozen = 0;
+#pragma unroll 1
+    for (int i = 0; i < rows * PER_LANE; i++) {
+        int t = i / PER_LANE, k = i % PER_LANE, d = channel + k;
+        if (d >= CHANNELS) continue;
+        float v = number_at<DELTA_KIND>(delta, t * DELTA_TOKEN + k);
+        if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
+        if (Limit{k ? second : limit, true}.decides(v)) continue;
+        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
+        if (below_floor(v, scale, p.floor[row * p.floor_row + d])) frozen |= 1u << i;
+    }
+    return frozen;
+}
+
 // What a lane knows of its channels, and what both kernels make of Δ and x.
 struct Lane {
     int lane, channel, count;  // the first of its channels, and how many of them exist
-    float bias[PER_LANE], scale[PER_LANE], floor[PER_LANE], skip[PER_LANE];
+    float bias[PER_LANE], scale[PER_LANE], skip[PER_LANE];
+    float limit[PER_LANE];  // of Δ before its softplus; the floor, where it has none
+    bool doubtful;          // any limit
     Stream<X_KIND, X_TOKEN> x;
     Stream<DELTA_KIND, DELTA_TOKEN> delta;
     Stream<Z_KIND, Z_TOKEN> z;
@@ -273,9 +293,9 @@ struct Lane {
             bool here = c < count;
             bias[c] = HAS_BIAS && here ? number_at<BIAS_KIND>(p.bias, d) : 0.0f;
             scale[c] = SCALE && here ? p.scale[row.row * p.scale_row + d] : 1.0f;
-            floor[c] = FLOOR && here ? p.floor[row.row * p.floor_row + d] : 0.0f;
             skip[c] = HAS_SKIP && here ? number_at<SKIP_KIND>(p.skip, d) : 0.0f;
         }
+        if (FLOOR) find_limits(p, row);
     }
 
     // Whether there is a token t in the tile and it is no padding.
@@ -283,46 +303,57 @@ struct Lane {
     __device__ __forceinline__ bool open(i64 token, int t, int rows) const {
         return (FULL || t < rows) && (!VALID || valid[(token + t) * valid_step]);
     }
-    // Δ, 0 where it is frozen; `near` if it is so close to its floor that `settle` must decide.
-    __device__ __forceinline__ float step_of(float v, int c, bool& near) const {
+    __device__ __forceinline__ void find_limits(const Parameters& p, const Row& row) {
+        doubtful = false;
+#pragma unroll
+        for (int c = 0; c < PER_LANE; c++) {
+            float floor = c < count ? p.floor[row.row * p.floor_row + channel + c] : 0.0f;
+            Limit found = SOFTPLUS ? limit_of<1>(scale[c], floor, 0) : Limit{floor, false};
+            limit[c] = found.value;
+            doubtful |= found.doubtful;
+        }
+    }
+    // Δ, 0 where it is frozen.
+    __device__ __forceinline__ float step_of(float v, int c) const {
         float step = SOFTPLUS ? softplus(v) : v;
         if (SCALE) step *= scale[c];
-        if (!FLOOR) return step;
-        near |= fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]);
-        return step < floor[c] ? 0.0f : step;
+        return FLOOR && (SOFTPLUS ? v : step) < limit[c] ? 0.0f : step;
+    }
+    // Whether a step that `make` made 0 was frozen. What softplus rounds to 0 has no slope, either.
+    __device__ __forceinline__ bool froze(float v, int c, float step) const {
+        if (!FLOOR) return false;
+        return SOFTPLUS ? step == 0.0f : v * scale[c] < limit[c];
     }
     // Δ and x of a tile; both 0 for padding, which can hold anything.
     template <bool FULL>
     __device__ __forceinline__ void make(float (&step)[PER_LANE][TILE],
                                          float (&value)[PER_LANE][TILE],
                                          const Raw<DELTA_KIND> (&raw)[TILE],
-                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows) const {
-        bool near = false;
+                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows,
+                                         u32 settled) const {
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             bool is_open = open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
-                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k, near) : 0.0f;
+                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k) : 0.0f;
                 value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
             }
         }
-        if (FLOOR && near) decide<FULL>(step, raw, token, rows);
-    }
-    // Freeze what torch would freeze.
-    template <bool FULL>
-    __device__ __forceinline__ void decide(float (&step)[PER_LANE][TILE],
-                                           const Raw<DELTA_KIND> (&raw)[TILE], i64 token,
-                                           int rows) const {
+        if (!FLOOR || !SOFTPLUS || settled == 0) return;
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
-            for (int k = 0; k < PER_LANE; k++) {
-                if (!open<FULL>(token, t, rows)) continue;
-                float v = raw[t].at(k) + bias[k], exact = SOFTPLUS ? softplus(v) : v;
-                if (SCALE) exact *= scale[k];
-                step[k][t] = below_floor(v, scale[k], floor[k], SOFTPLUS, SCALE) ? 0.0f : exact;
-            }
+            for (int k = 0; k < PER_LANE; k++)
+                if (settled >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
+    }
+    // What `make` has to freeze besides what lies below its limit: known before a tile is read, when
+    // a call disturbs least.
+    __device__ __forceinline__ u32 settle_tile(const Parameters& p, i64 row, i64 token,
+                                               int rows) const {
+        if (!FLOOR || !SOFTPLUS || !doubtful) return 0;
+        return settle(p, row, channel, delta.from + token * delta.STEP, rows, limit[0],
+                      limit[PER_LANE - 1]);
     }
 };
 
@@ -422,6 +453,7 @@ struct Forward {
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
+        u32 settled = at.settle_tile(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -431,7 +463,7 @@ struct Forward {
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE], sum[PER_LANE][TILE];
-        at.template make<FULL>(step, written, delta, x, token, rows);
+        at.template make<FULL>(step, written, delta, x, token, rows, settled);
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
@@ -572,6 +604,7 @@ struct Backward {
     __device__ __forceinline__ void sweep(i64 token, int tile) {
         constexpr bool FULL = true;  // there is a tile behind it
         constexpr int rows = TILE;
+        u32 settled = at.settle_tile(p, row.row, token, rows);
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         at.delta.template load<FULL>(delta, token, rows, at.count);
@@ -580,7 +613,7 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE];
-        at.template make<FULL>(step, written, delta, x, token, rows);
+        at.template make<FULL>(step, written, delta, x, token, rows, settled);
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
@@ -614,6 +647,7 @@ struct Backward {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
+        u32 settled = at.settle_tile(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -623,7 +657,7 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
-        at.template make<FULL>(of.step, of.written, delta, x, token, rows);
+        at.template make<FULL>(of.step, of.written, delta, x, token, rows, settled);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             bool open = at.template open<FULL>(token, t, rows);
@@ -709,8 +743,7 @@ struct Backward {
                 float raw = delta[t].at(k) + at.bias[k];
                 float slope = SOFTPLUS ? sigmoid(raw) : 1.0f;
                 if (SCALE) slope *= at.scale[k];
-                // Only what is frozen is 0 where the floor is not.
-                bool stopped = !open || (FLOOR && of.step[k][t] == 0.0f && at.floor[k] > 0.0f);
+                bool stopped = !open || at.froze(raw, k, of.step[k][t]);
                 dx[k] = fmaf(of.step[k][t], of.into[k][t], at.skip[k] * of.dy[k][t]);
                 ddelta[k] = fmaf(of.through[k][t], LN2, of.into[k][t] * value) * slope;
                 if (stopped) ddelta[k] = 0.0f;

@@ -1,0 +1,205 @@
+"""Which tokens the scans in CUDA C++ freeze: on a GPU exactly those that torch freezes.
+
+They compare what the softplus is made of with a limit, found for each channel at the start. In the
+emulator the yardstick is the C library's arithmetic, which the kernels' source then uses, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops import emulated_cuda, emulated_wide
+from widefield.ops import _nvrtc
+from widefield.ops.selective_scan import native, wide
+from widefield.plan import LayerPlan, ScanInputs
+
+ON_GPU = torch.cuda.is_available() and _nvrtc.available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+NEVER = 50.0  # Δ of tokens that are not frozen, and that no other token has
+
+Scan = Callable[[ScanInputs, LayerPlan], Tensor]
+
+
+def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
+    """y of the scan for few long rows."""
+    if ON_GPU:
+        return native.selective_scan(inputs, plan)[0]
+    call = native._Call(inputs, plan)
+    table = native._LAYOUTS if call.layouts(16) == "exact" else native._TENSOR
+    return call.run(table[3])[0]
+
+
+def many_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
+    """y of the scan for many rows."""
+    small = wide.Layout(per_lane=2, tile=8, chunk=8, warps=1, blocks=1)
+    layouts = None if ON_GPU else (small, small)
+    return wide.Call.prepare(inputs, plan, layouts).forward(save=False)[0]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(params=[few_rows, many_rows])
+def scan(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Scan:
+    if not ON_GPU:
+        if emulated_cuda.compiler() is None:
+            pytest.skip("needs a GPU or a C++ compiler")
+        emulated = emulated_cuda if request.param is few_rows else emulated_wide
+        monkeypatch.setattr(_nvrtc, "build", partial(emulated.build, folder=compiled))
+        native._kernel.cache_clear()
+        wide._kernel.cache_clear()
+    return request.param
+
+
+def softplus(v: Tensor) -> Tensor:
+    """As the kernels' yardstick has it: torch on a GPU, else the C library."""
+    if ON_GPU:
+        return F.softplus(v)
+    library = ctypes.CDLL(ctypes.util.find_library("m"))
+    for name in ("expf", "log1pf"):
+        function = getattr(library, name)
+        function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float]
+    wanted = [u if u > 20 else library.log1pf(library.expf(u)) for u in v.flatten().tolist()]
+    return torch.tensor(wanted, dtype=torch.float32).view(v.shape)
+
+
+def steps_of(delta: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Δ before its floor, of tokens and channels."""
+    v = delta.float() if bias is None else delta.float() + bias
+    return softplus(v) if scale is None else softplus(v) * scale
+
+
+def frozen(
+    scan: Scan, delta: Tensor, bias: Tensor | None, floor: Tensor, scale: Tensor | None
+) -> Tensor:
+    """Which of (tokens, channels) the scan freezes.
+
+    A state forgets at once, unless it is frozen. So behind a token with a Δ of `NEVER`, y is the
+    same again only if the next one is frozen.
+    """
+    tokens, channels = delta.shape
+    between = torch.stack([torch.full_like(delta, NEVER), delta], dim=1)
+    ones = torch.ones(1, 2 * tokens, channels, dtype=delta.dtype, device=delta.device)
+    inputs = ScanInputs(
+        x=ones,
+        delta=between.view(1, 2 * tokens, channels),
+        A=torch.full((channels, 16), -3e38, device=delta.device),
+        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        delta_bias=bias,
+    )
+    y = scan(inputs, LayerPlan(delta_floor=floor, delta_scale=scale))[0]
+    return y[1::2] == y[::2]
+
+
+def assert_decided(
+    scan: Scan, delta: Tensor, bias: Tensor | None, floor: Tensor, scale: Tensor | None = None
+) -> None:
+    """That the scan freezes what lies below its floor, wherever that can be seen from outside."""
+    steps = steps_of(delta, bias, scale)
+    seen = ((steps > 1e-34) & (delta < 30)) | (steps < floor)
+    found = frozen(scan, delta, bias, floor, scale)
+    assert torch.equal(found[seen], (steps < floor)[seen])
+    assert bool(seen.any())
+
+
+def values_of_bfloat16(step: int) -> Tensor:
+    """All of them up to 30, or each so many-th."""
+    values = torch.arange(0, 1 << 16, step, dtype=torch.int32).to(torch.int16)
+    values = values.view(torch.bfloat16)
+    return values[values < 30].to(DEVICE)
+
+
+def floors_near(steps: Tensor, seed: int) -> list[Tensor]:
+    """Floors that are one token's Δ in each channel, and the floats next to it."""
+    generator = torch.Generator().manual_seed(seed)
+    likely = ((steps > 1e-3) & (steps < 10)).double().cpu().T
+    tie = steps.gather(0, likely.multinomial(1, generator=generator).T.to(steps.device))[0]
+    return [tie, torch.nextafter(tie, tie + 1), torch.nextafter(tie, tie - 1)]
+
+
+@pytest.mark.parametrize("options", [(), ("bias",), ("bias", "scale")], ids=str)
+def test_bfloat16_steps_at_a_floor_are_decided_as_torch_does(
+    scan: Scan, options: tuple[str, ...]
+) -> None:
+    channels = 36 if ON_GPU else 12
+    delta = values_of_bfloat16(1 if ON_GPU else 199)[:, None].expand(-1, channels).contiguous()
+    bias = (4 * torch.rand(channels) - 5).to(DEVICE) if "bias" in options else None
+    scale = (3 * torch.rand(channels) + 0.01).to(DEVICE) if "scale" in options else None
+    for floor in floors_near(steps_of(delta, bias, scale), 3):
+        assert_decided(scan, delta, bias, floor, scale)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_floats_next_to_a_floor_are_decided_as_torch_does(scan: Scan, scaled: bool) -> None:
+    channels = 1536 if ON_GPU else 12
+    reach = torch.arange(-100, 101, 1 if ON_GPU else 5, dtype=torch.int32)[:, None]
+    middle = torch.cat([12 * torch.rand(channels // 2) - 9, torch.randn(channels // 2) / 100])
+    delta = (middle.view(torch.int32) + reach).view(torch.float32).to(DEVICE)
+    scale = (3 * torch.rand(channels) + 0.01).to(DEVICE) if scaled else None
+    floor = steps_of(delta, None, scale)[len(reach) // 2].contiguous()
+    assert_decided(scan, delta, None, floor, scale)
+    assert_decided(scan, delta, None, torch.nextafter(floor, floor + 1), scale)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_extraordinary_floors_and_scales(scan: Scan, scaled: bool) -> None:
+    floors = [0.0, -1.0, -math.inf, math.nan, 1e-45, 1e-42, 1e-38, 1e-20, math.log(2), 20.0,
+              math.nextafter(20, 21), 29.0]  # fmt: skip
+    scales = [1.0, 0.5, 1e-30, 1e30] if scaled else [1.0]
+    floor = torch.tensor(floors).repeat(len(scales)).to(DEVICE)
+    scale = torch.tensor(scales).repeat_interleave(len(floors)).to(DEVICE)
+    values = [-1e30, -100.0, -87.0, -60.0, -3.0, -1e-8, 0.0, 1e-8, 19.5, 20.0, 20.5, 28.5]
+    delta = torch.tensor(values, device=DEVICE)[:, None].expand(-1, len(floor)).contiguous()
+    unscaled = steps_of(delta, None, None)
+    below = unscaled * scale < floor
+    # With a scale of 1e-30 a floor freezes the tokens between, too, and nothing can be seen.
+    seen = ((unscaled * scale.clamp_max(1.0) > 1e-34) | below) & ~(NEVER * scale < floor)
+    found = frozen(scan, delta, None, floor, scale if scaled else None)
+    assert torch.equal(found[seen], below[seen])
+
+
+def test_an_infinite_floor_freezes_all_but_an_infinite_step(scan: Scan) -> None:
+    ones = torch.ones(1, 3, 12, device=DEVICE)
+    inputs = ScanInputs(
+        x=ones,
+        delta=torch.tensor([-1.0, 30.0, 3e38], device=DEVICE)[:, None].expand(1, 3, 12),
+        A=-torch.ones(12, 16, device=DEVICE),
+        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
+    )
+    inputs = inputs.replace(delta=inputs.delta.contiguous())
+    floor = torch.full((12,), math.inf, device=DEVICE)
+    assert not scan(inputs, LayerPlan(delta_floor=floor)).any()
+    scale = torch.full((12,), 10.0, device=DEVICE)
+    y = scan(inputs, LayerPlan(delta_floor=floor, delta_scale=scale))
+    assert not y[:, :2].any() and y[:, 2].isinf().all()
+
+
+def test_steps_without_a_softplus_are_compared_as_they_are(scan: Scan) -> None:
+    channels = 12
+    delta = values_of_bfloat16(1 if ON_GPU else 997)
+    delta = delta[delta > 0][:, None].expand(-1, channels).contiguous()
+    floor = torch.rand(channels, device=DEVICE).bfloat16().float()
+    ones = torch.ones(len(delta), 1, channels, dtype=delta.dtype, device=DEVICE)
+    inputs = ScanInputs(
+        x=ones, delta=delta[:, None], A=-torch.ones(channels, 16, device=DEVICE),
+        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        delta_softplus=False,
+    )  # fmt: skip
+    y = scan(inputs, LayerPlan(delta_floor=floor))[:, 0]
+    seen = delta.float() > 1e-34
+    assert torch.equal((y == 0)[seen], (delta < floor)[seen])
