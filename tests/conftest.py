@@ -30,7 +30,7 @@ class KernelsUnchecked(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
-        if package.startswith("widefield.ops") and name in {"cpu", "cuda", "_numba", "_triton"}:
+        if package.startswith("widefield.ops") and name in {"cpu", "cuda", "_numba", "_triton", "_gradients"}:
             return importlib.machinery.PathFinder.find_spec(fullname, path, target)
         return None
 

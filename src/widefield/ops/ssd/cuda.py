@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widefield.ops.ssd import _gradients as gradients
 from widefield.ops.ssd import _triton as kernels
 from widefield.plan import LayerPlan, SSDInputs
 
@@ -282,25 +283,11 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     x, B, C, cut = call.x, call.B, call.C, call.cut
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
-    blocks, share = call.blocks, heads // groups
-    several = max(n for n in range(1, 9) if share % n == 0)
-    parts = share // several
     dy = dy.contiguous()
-    # Narrower tiles than the usual ones would be other code, and code that was seen to go astray.
-    BP, BN = (
-        (64, max(128, _power_of_two(states))) if x.is_cuda else (call.width_tile, call.states_tile)
-    )
-    whole = width % BP == 0 and states == BN
-    items = batch * cut.slots * groups * parts * blocks
-    workers = min(items, 2 * _processors(x.device))
-    steps = cut.segment // cut.chunk
     made = [call.empty(batch, heads, length) for _ in range(3)]
     dinitial = call.empty(cut.sequences, heads, width, states)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
-    left = call.empty(2, blocks, batch, heads, length).unbind()
-    sums = call.empty(2, parts * blocks, batch, length, groups, states).unbind()
-    dD = call.empty(batch, cut.slots, heads, blocks * BP).zero_()
     by_chunk = call.empty(2, batch, call.chunks, heads).zero_().unbind()
     with torch.cuda.device_of(x):
         call.run_deltas(made)
@@ -308,23 +295,124 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
         behind, _ = call.segment_states(dy, C, made, backward=True)
         _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
         _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
-        unit, strides = _in_units(x, B, C, dy)
-        kernels.gradients[(workers,)](
-            x, B, C, dy, *call.optional(call.D, call.inputs.valid, cut.table),
-            *made, before, behind, call.empty(workers, steps, BP, BN),
-            dx, *left, *sums, dD,
-            batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, WHOLE=whole, STEPS=steps,
-            num_warps=4, num_stages=1, **(call.tiles(unit) | {"BP": BP, "BN": BN}),
-        )  # fmt: skip
+        chunked = _Chunked.of(call, made)
+        before = chunked.states(x, B, before)
+        behind, met = chunked.states(dy, C, behind, before)
+        dC, across = chunked.projections(dy, x, B, C, before, 1)
+        dB, stayed = chunked.projections(x, dy, C, B, behind, -1)
+        *left, dD = chunked.inputs(dy, behind, across, stayed, met, dx)
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
-    dB, dC = (t.sum(0).to(B.dtype) for t in sums)
-    dD = dD[..., : blocks * BP].sum((0, 1)).sum(-1)
     return {
         "x": dx, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "bias": dbias,
         "initial": dinitial,
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    """A backward whose chunks are each worked on alone, and its kernels' settings.
+
+    Attributes:
+        call: the scan.
+        made: Δ and the sums of logarithms of decays.
+        tile: channels and states of a tile.
+        blocks: tiles along the channels of a head.
+        splits: tiles along its states.
+    """
+
+    call: _Call
+    made: Sequence[Tensor]
+    tile: tuple[int, int]
+    blocks: int
+    splits: int
+
+    @staticmethod
+    def of(call: _Call, made: Sequence[Tensor]) -> _Chunked:
+        width, states = call.x.shape[3], call.B.shape[3]
+        if call.x.is_cuda:
+            BP, BN = 64, 128
+        else:
+            BP, BN = call.width_tile, min(32, call.states_tile)
+        return _Chunked(call, made, (BP, BN), _parts(width, BP), _parts(states, BN))
+
+    def settings(self, unit: int, stages: int) -> dict[str, Any]:
+        BP, BN = self.tile
+        width, states = self.call.x.shape[3], self.call.B.shape[3]
+        return self.call.tiles(unit) | {
+            "BP": BP, "BN": BN, "WHOLE": width % BP == 0 and states % BN == 0, "num_warps": 4,
+            "STAGES": 1 if self.call.tiles(unit)["WIDE"] else stages,
+        }  # fmt: skip
+
+    @property
+    def spots(self) -> tuple[int, int]:
+        """Chunks of all rows, and heads."""
+        return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
+
+    def states(
+        self, x: Tensor, B: Tensor, edges: Tensor, before: Tensor | None = None
+    ) -> Any:
+        """The state in front of each chunk; backward, with one before, that gradient behind it."""
+        call, cut = self.call, self.call.cut
+        wide = call.tiles(1)["WIDE"]
+        tiles = math.prod(self.spots) * self.blocks * self.splits
+        plane = tiles * math.prod(self.tile)
+        dtype = torch.float32 if wide else torch.bfloat16
+        found = torch.empty(plane if wide else 2 * plane, dtype=dtype, device=x.device)
+        met = call.empty(tiles)
+        unit, strides = _in_units(x, B)
+        grid = (x.shape[2] * self.blocks * self.splits, cut.slots, x.shape[0])
+        gradients.chunk_states[grid](
+            x, B, *call.optional(call.inputs.valid, cut.table), *self.made, edges,
+            found if before is None else before, found, met,
+            plane, *call.sizes, *strides, *call.valid_strides,
+            BACKWARD=before is not None, **self.settings(unit, 2),
+        )  # fmt: skip
+        return found if before is None else (found, met)
+
+    def projections(
+        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, states: Tensor, sign: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of C, or with sign -1 of B; and what comes of states, a token and head."""
+        call = self.call
+        batch, length, heads, _ = u.shape
+        groups, width = mates.shape[2:]
+        share = heads // groups
+        wanted = 3 * _processors(u.device) // (batch * call.chunks * groups * self.splits)
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
+        dtype = mates.dtype if parts == 1 else torch.float32
+        found = torch.empty(parts, *mates.shape, dtype=dtype, device=u.device)
+        met = call.empty(self.splits * self.blocks, batch, heads, length)
+        unit, strides = _in_units(u, v, keys, mates)
+        gradients.projections[(call.chunks, groups * parts * self.splits, batch)](
+            u, v, keys, mates, *call.optional(call.inputs.valid, call.cut.table), *self.made,
+            states, found, met,
+            math.prod(self.spots) * self.blocks * self.splits * math.prod(self.tile), sign,
+            *call.sizes, share // parts, *strides, *call.valid_strides,
+            **self.settings(unit, 2),
+        )  # fmt: skip
+        return found[0] if parts == 1 else found.sum(0).to(mates.dtype), met
+
+    def inputs(
+        self, dy: Tensor, behind: Tensor, across: Tensor, stayed: Tensor, met: Tensor, dx: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill dx; of each token and head, what the gradients of Δ are made from; and dD."""
+        call, x = self.call, self.call.x
+        batch, length, heads, _ = x.shape
+        groups = call.B.shape[2]
+        share = heads // groups
+        wanted = 6 * _processors(x.device) // (batch * call.chunks * groups * self.blocks)
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
+        direct, through = call.empty(2, self.blocks, batch, heads, length).unbind()
+        dD = call.empty(*self.spots, self.blocks).zero_()
+        unit, strides = _in_units(x, call.B, call.C, dy)
+        gradients.inputs_and_decays[(call.chunks, groups * parts * self.blocks, batch)](
+            x, call.B, call.C, dy, *call.optional(call.D, call.inputs.valid, call.cut.table),
+            *self.made, behind, across, stayed, met, dx, direct, through, dD,
+            *call.sizes, share // parts, *strides, *call.valid_strides,
+            HAS_D=call.D is not None, SPLITS=self.splits, **self.settings(unit, 2),
+        )  # fmt: skip
+        return direct, through, dD.sum((0, 2))
 
 
 def _pass(
@@ -373,8 +461,7 @@ class _SSD(torch.autograd.Function):
             "bias": bias,
             "initial": initial,
         }
-        gradients = (None if t is None else found[n].to(t.dtype) for n, t in wanted.items())
-        return (*gradients, None, None)
+        return (*(None if t is None else found[n].to(t.dtype) for n, t in wanted.items()), None, None)
 
 
 def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
