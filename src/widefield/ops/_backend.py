@@ -69,11 +69,12 @@ def kernels_on(device: torch.device) -> str:
     return "Triton; those in CUDA C++ need cuda-bindings and an NVRTC for this GPU"
 
 
-def runs_kernels(*tensors: Tensor | None) -> bool:
-    """Whether kernels of a GPU that have no backward would run for these inputs."""
+def runs_kernels(*tensors: Tensor | None, backward: bool = False) -> bool:
+    """Whether kernels of a GPU would run for these inputs, which have a backward or have none."""
     if torch.compiler.is_compiling() or choose(*tensors) != "cuda":
         return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return backward or not wants_grad
 
 
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:

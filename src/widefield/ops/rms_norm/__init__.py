@@ -30,7 +30,7 @@ def rms_norm(
     Returns:
         Of the shape of x.
     """
-    if runs_kernels(x, weight):
+    if runs_kernels(x, weight, backward=True):
         from widefield.ops.rms_norm import cuda
 
         return cuda.rms_norm(x, weight, eps, dtype=dtype)
@@ -57,7 +57,7 @@ def add_rms_norm(
         dtype: of its norm; None for the wider of those of the sum and the weight.
     """
     call = {"sum_dtype": sum_dtype, "dtype": dtype}
-    if runs_kernels(x, other, weight):
+    if runs_kernels(x, other, weight, backward=True):
         from widefield.ops.rms_norm import cuda
 
         return cuda.add_rms_norm(x, other, weight, eps, **call)
@@ -86,7 +86,7 @@ def gated_rms_norm(
     Returns:
         In the wider of the dtypes of x and weight.
     """
-    if runs_kernels(x, gate, weight):
+    if runs_kernels(x, gate, weight, backward=True):
         from widefield.ops.rms_norm import cuda
 
         return cuda.gated_rms_norm(x, gate, weight, eps, groups=groups, gate_first=gate_first)

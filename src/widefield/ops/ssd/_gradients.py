@@ -296,9 +296,7 @@ def inputs_and_decays(
         weight = tl.where(i[:, None] <= i[None, :], products * tl.exp2(log), 0.0)
         into = tl.dot(weight.to(x.dtype), dy, into, input_precision=PRECISE)
         both = weight * pairs
-        tl.store(
-            direct_ptr + partial + tokens + i, stayed + tl.sum(both, axis=1), mask=inside
-        )
+        tl.store(direct_ptr + partial + tokens + i, stayed + tl.sum(both, axis=1), mask=inside)
         # How y changes with the logarithm of a token's decay: by what comes from before it and is
         # read at it or later; from and in this chunk, or others.
         both = tl.where(i[:, None] < i[None, :], both * delta[:, None], 0.0)

@@ -282,7 +282,7 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
 def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     x, B, C, cut = call.x, call.B, call.C, call.cut
     batch, length, heads, width = x.shape
-    groups, states = B.shape[2:]
+    states = B.shape[3]
     dy = dy.contiguous()
     made = [call.empty(batch, heads, length) for _ in range(3)]
     dinitial = call.empty(cut.sequences, heads, width, states)
@@ -349,9 +349,7 @@ class _Chunked:
         """Chunks of all rows, and heads."""
         return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
 
-    def states(
-        self, x: Tensor, B: Tensor, edges: Tensor, before: Tensor | None = None
-    ) -> Any:
+    def states(self, x: Tensor, B: Tensor, edges: Tensor, before: Tensor | None = None) -> Any:
         """The state in front of each chunk; backward, with one before, that gradient behind it."""
         call, cut = self.call, self.call.cut
         wide = call.tiles(1)["WIDE"]
@@ -376,7 +374,7 @@ class _Chunked:
         """The gradient of C, or with sign -1 of B; and what comes of states, a token and head."""
         call = self.call
         batch, length, heads, _ = u.shape
-        groups, width = mates.shape[2:]
+        groups = mates.shape[2]
         share = heads // groups
         wanted = 3 * _processors(u.device) // (batch * call.chunks * groups * self.splits)
         parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
@@ -461,7 +459,8 @@ class _SSD(torch.autograd.Function):
             "bias": bias,
             "initial": initial,
         }
-        return (*(None if t is None else found[n].to(t.dtype) for n, t in wanted.items()), None, None)
+        found = {n: None if t is None else found[n].to(t.dtype) for n, t in wanted.items()}
+        return (*found.values(), None, None)
 
 
 def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
