@@ -42,6 +42,13 @@ def _tokens(pointer, stride, ok, i, across, size, WHOLE: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
+def _left(log, rest):
+    """What a logarithm in two numbers leaves; their sum would be the first of them."""
+    left = tl.exp2(log)
+    return tl.fma(left, rest * 0.6931471805599453, left)
+
+
+@triton.jit
 def _sums(sums_ptr, rests_ptr, tokens, t, inside, end):
     """Logarithms of decays since the chunk's start, and of all of it; each in two numbers."""
     total = tl.load(sums_ptr + tokens + end)
@@ -54,8 +61,8 @@ def _sums(sums_ptr, rests_ptr, tokens, t, inside, end):
 @_kernel
 def chunk_states(
     x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, edges_ptr,
-    before_ptr, states_ptr, met_ptr,
-    plane, length, segment, slots, heads, width, states, share,
+    before_ptr, before_low_ptr, states_ptr, low_ptr, met_ptr,
+    length, segment, slots, heads, width, states, share,
     sxb, sxl, sxh, sBb, sBl, sBg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     BACKWARD: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
@@ -102,7 +109,7 @@ def chunk_states(
         b = _tokens(bp + far * (sBl * UNIT), sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
         end = tl.minimum(start + Q, count) - 1
         sums, rests, total, rest = _sums(sums_ptr, rests_ptr, tokens, t, inside, end)
-        whole = tl.exp2(total + rest)
+        whole = _left(total, rest)
         spot = ((place * (segment // Q) + chunk) * heads + head) * (blocks * splits) + piece
         tile = spot * (BP * BN) + inner
         if WIDE:
@@ -110,16 +117,16 @@ def chunk_states(
         else:
             high, low = _halves(state)
             tl.store(states_ptr + tile, high)
-            tl.store(states_ptr + plane + tile, low)
+            tl.store(low_ptr + tile, low)
         if BACKWARD:
             before = tl.load(before_ptr + tile).to(tl.float32)
             if not WIDE:
-                before += tl.load(before_ptr + plane + tile).to(tl.float32)
+                before += tl.load(before_low_ptr + tile).to(tl.float32)
             tl.store(met_ptr + spot, tl.sum(tl.sum(before * state, axis=1), axis=0) * whole)
-            weight = tl.where(inside, tl.exp2(sums + rests), 0.0)
+            weight = tl.where(inside, _left(sums, rests), 0.0)
         else:
             delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
-            weight = delta * tl.exp2((total - sums) + (rest - rests))
+            weight = delta * _left(total - sums, rest - rests)
         written = tl.trans(x).to(tl.float32) * weight[None, :]
         state = _wide_times(written, b, state * whole, WIDE, PRECISE)
 
@@ -127,8 +134,8 @@ def chunk_states(
 @_kernel
 def projections(
     u_ptr, v_ptr, keys_ptr, mates_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
-    states_ptr, out_ptr, met_ptr,
-    plane, sign, length, segment, slots, heads, width, states, share, several,
+    states_ptr, low_ptr, out_ptr, met_ptr,
+    sign, length, segment, slots, heads, width, states, share, several,
     sub, sul, suh, swb, swl, swh, skb, skl, skg, smb, sml, smg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     UNIT: tl.constexpr, WHOLE: tl.constexpr,
@@ -170,7 +177,7 @@ def projections(
     wp = v_ptr + row * (swb * UNIT) + first * (swl * UNIT)
     inner = tl.arange(0, BP)[:, None] * BN + tl.arange(0, BN)[None, :]
     spots = (place * steps + chunk) * heads
-    keep = (i[:, None] - i[None, :]) * sign >= 0
+    order = i * sign
     turned = sign < 0
     acc = tl.zeros((Q, BN), tl.float32)
     for item in tl.range(0, several * blocks, num_stages=STAGES):
@@ -187,10 +194,10 @@ def projections(
         if WIDE:
             read = tl.dot(u, state, input_precision=PRECISE)
         else:
-            low = tl.load(states_ptr + plane + tile * (BP * BN) + inner)
+            low = tl.load(low_ptr + tile * (BP * BN) + inner)
             read = tl.dot(u, low)
             read = tl.dot(u, state, read)
-        factor = tl.exp2(tl.where(turned, (total - sums) + (rest - rests), sums + rests))
+        factor = _left(tl.where(turned, total - sums, sums), tl.where(turned, rest - rests, rests))
         met = tl.sum(read * mates.to(tl.float32), axis=1) * factor
         spot = ((split * blocks + block) * rows * heads * length).to(tl.int64) + tokens
         tl.store(met_ptr + spot + i, met, mask=inside)
@@ -201,7 +208,7 @@ def projections(
         if WIDE:
             log = (log + (rests * sign)[:, None]) - (rests * sign)[None, :]
         weight = pairs * scale[:, None] * tl.where(turned, 1.0, delta)[None, :]
-        weight = tl.where(keep, weight * tl.exp2(log), 0.0)
+        weight = tl.where(order[:, None] >= order[None, :], weight * tl.exp2(log), 0.0)
         acc = tl.dot(weight.to(keys.dtype), keys, acc, input_precision=PRECISE)
     groups = heads // share
     spot = (((part * rows + row) * length + first) * groups + group) * states
@@ -276,7 +283,6 @@ def inputs_and_decays(
         passed = 0.0
         across = tl.zeros((Q,), tl.float32)
         stayed = tl.zeros((Q,), tl.float32)
-        earlier = tl.zeros((Q,), tl.float32)
         for split in tl.static_range(SPLITS):
             if SPLITS > 1:
                 n = split * BN + tl.arange(0, BN)
@@ -288,8 +294,7 @@ def inputs_and_decays(
             of = ((split * blocks + block) * rows * heads * length).to(tl.int64) + tokens + i
             across += tl.load(across_ptr + of, mask=inside, other=0.0)
             stayed += tl.load(stayed_ptr + of, mask=inside, other=0.0)
-            earlier += tl.load(stayed_ptr + of - 1, mask=inside & (i > 0), other=0.0)
-        into *= tl.exp2((total - sums) + (rest - rests))[:, None]
+        into *= _left(total - sums, rest - rests)[:, None]
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISE)
         log = (pairs * 0.0 + sums[None, :]) - sums[:, None]
         log = (log + rests[None, :]) - rests[:, None]
@@ -300,12 +305,10 @@ def inputs_and_decays(
         # How y changes with the logarithm of a token's decay: by what comes from before it and is
         # read at it or later; from and in this chunk, or others.
         both = tl.where(i[:, None] < i[None, :], both * delta[:, None], 0.0)
-        both = _wide_times(
-            both, until_read.to(x.dtype), tl.zeros((Q, Q), tl.float32), WIDE, PRECISE
-        )
+        left = tl.zeros((Q, Q), tl.float32) + (stayed * delta)[:, None]
+        both = _wide_times(both, until_read.to(x.dtype), left, WIDE, PRECISE)
         through = tl.sum(tl.where(i[:, None] < i[None, :], both, 0.0), axis=0)
-        behind = tl.load(effective_ptr + tokens + i - 1, mask=inside & (i > 0), other=0.0)
-        through += tl.cumsum(earlier * behind) + tl.cumsum(across, reverse=True) + passed
+        through += tl.cumsum(across, reverse=True) + passed
         tl.store(through_ptr + partial + tokens + i, through, mask=inside)
         dx = into * delta[:, None]
         if HAS_D:

@@ -12,7 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Differ from prompt to prompt: not worth a compilation.
 _VARIES = (
     "length", "segment", "slots", "rows", "sxb", "sBb", "sCb", "syb", "sdb", "svb", "scale_row",
-    "floor_row", "decay_row", "sub", "swb", "skb", "smb", "plane", "sign", "several",
+    "floor_row", "decay_row", "sub", "swb", "skb", "smb", "sign", "several",
 )  # fmt: skip
 # A token whose decay is below 2^-150 leaves nothing in float32, however much it is below.
 LEAST = tl.constexpr(-150.0)

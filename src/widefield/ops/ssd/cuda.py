@@ -67,16 +67,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _cut(inputs: SSDInputs, segment: int | None = None) -> _Cut:
-    """Segments of a given size, or for about two programs a multiprocessor."""
+def _cut(inputs: SSDInputs, several: int) -> _Cut:
+    """Segments for about so many programs a multiprocessor."""
     batch, length, heads, width = inputs.x.shape
     large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
     chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
-    if segment is None:
-        programs = batch * heads * _parts(width, 64)
-        wanted = 2 * _processors(inputs.x.device) // programs
-        slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
-        segment = max(chunk, chunk * -(-length // (chunk * slots)))
+    programs = batch * heads * _parts(width, 64)
+    wanted = several * _processors(inputs.x.device) // programs
+    slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
+    segment = max(chunk, chunk * -(-length // (chunk * slots)))
     if inputs.cu_seqlens is None:
         return _Cut(chunk, segment, max(1, -(-length // segment)), batch, None, None)
     sequences = inputs.cu_seqlens.shape[0] - 1
@@ -142,13 +141,13 @@ class _Call:
     cut: _Cut
 
     @staticmethod
-    def of(inputs: SSDInputs, plan: LayerPlan, segment: int | None = None) -> _Call:
+    def of(inputs: SSDInputs, plan: LayerPlan, several: int = 2) -> _Call:
         x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
         D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
         initial = inputs.initial_state
         initial = None if initial is None else initial.float().contiguous()
         A = inputs.A.float().contiguous()
-        cut = _cut(inputs, segment)
+        cut = _cut(inputs, several)
         return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
 
     @cached_property
@@ -296,17 +295,22 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
         _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
         _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
         chunked = _Chunked.of(call, made)
-        before = chunked.states(x, B, before)
+        before, _ = chunked.states(x, B, before)
         behind, met = chunked.states(dy, C, behind, before)
         dC, across = chunked.projections(dy, x, B, C, before, 1)
         dB, stayed = chunked.projections(x, dy, C, B, behind, -1)
-        *left, dD = chunked.inputs(dy, behind, across, stayed, met, dx)
+        *left, dD = chunked.inputs(dy, behind[0], across, stayed, met, dx)
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
     return {
         "x": dx, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "bias": dbias,
         "initial": dinitial,
     }  # fmt: skip
+
+
+def _both(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Their upper and lower halves; no kernel reads the lower ones of float32."""
+    return states[0], states[-1]
 
 
 @dataclass(frozen=True)
@@ -331,7 +335,7 @@ class _Chunked:
     def of(call: _Call, made: Sequence[Tensor]) -> _Chunked:
         width, states = call.x.shape[3], call.B.shape[3]
         if call.x.is_cuda:
-            BP, BN = 64, 128
+            BP, BN = _TILE
         else:
             BP, BN = call.width_tile, min(32, call.states_tile)
         return _Chunked(call, made, (BP, BN), _parts(width, BP), _parts(states, BN))
@@ -349,27 +353,34 @@ class _Chunked:
         """Chunks of all rows, and heads."""
         return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
 
-    def states(self, x: Tensor, B: Tensor, edges: Tensor, before: Tensor | None = None) -> Any:
-        """The state in front of each chunk; backward, with one before, that gradient behind it."""
+    def states(
+        self, x: Tensor, B: Tensor, edges: Tensor, before: Sequence[Tensor] | None = None
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """The state in front of each chunk; backward, with those, its gradient behind it.
+
+        Also how both meet in a chunk, if backward.
+        """
         call, cut = self.call, self.call.cut
         wide = call.tiles(1)["WIDE"]
         tiles = math.prod(self.spots) * self.blocks * self.splits
-        plane = tiles * math.prod(self.tile)
         dtype = torch.float32 if wide else torch.bfloat16
-        found = torch.empty(plane if wide else 2 * plane, dtype=dtype, device=x.device)
+        found = [
+            torch.empty(tiles * math.prod(self.tile), dtype=dtype, device=x.device)
+            for _ in range(1 if wide else 2)
+        ]
         met = call.empty(tiles)
         unit, strides = _in_units(x, B)
         grid = (x.shape[2] * self.blocks * self.splits, cut.slots, x.shape[0])
         gradients.chunk_states[grid](
             x, B, *call.optional(call.inputs.valid, cut.table), *self.made, edges,
-            found if before is None else before, found, met,
-            plane, *call.sizes, *strides, *call.valid_strides,
+            *_both(found if before is None else before), *_both(found), met,
+            *call.sizes, *strides, *call.valid_strides,
             BACKWARD=before is not None, **self.settings(unit, 2),
         )  # fmt: skip
-        return found if before is None else (found, met)
+        return found, met
 
     def projections(
-        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, states: Tensor, sign: int
+        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, states: Sequence[Tensor], sign: int
     ) -> tuple[Tensor, Tensor]:
         """The gradient of C, or with sign -1 of B; and what comes of states, a token and head."""
         call = self.call
@@ -384,10 +395,8 @@ class _Chunked:
         unit, strides = _in_units(u, v, keys, mates)
         gradients.projections[(call.chunks, groups * parts * self.splits, batch)](
             u, v, keys, mates, *call.optional(call.inputs.valid, call.cut.table), *self.made,
-            states, found, met,
-            math.prod(self.spots) * self.blocks * self.splits * math.prod(self.tile), sign,
-            *call.sizes, share // parts, *strides, *call.valid_strides,
-            **self.settings(unit, 2),
+            *_both(states), found, met, sign, *call.sizes, share // parts, *strides,
+            *call.valid_strides, **self.settings(unit, 2),
         )  # fmt: skip
         return found[0] if parts == 1 else found.sum(0).to(mates.dtype), met
 
@@ -448,7 +457,7 @@ class _SSD(torch.autograd.Function):
         x, delta, A, B, C, D, bias, initial, valid, cu_seqlens = ctx.saved_tensors
         softplus, limit = ctx.options
         inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
-        found = _backward(_Call.of(inputs, ctx.plan, _BACKWARD_SEGMENT), dy, dfinal)
+        found = _backward(_Call.of(inputs, ctx.plan, _SEVERAL_BACKWARD), dy, dfinal)
         wanted = {
             "x": x,
             "delta": delta,
@@ -484,6 +493,7 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
 
 
 _MOST_SEGMENTS = 64
-_BACKWARD_SEGMENT = 512
+_SEVERAL_BACKWARD = 4  # segments a multiprocessor
+_TILE = (64, 128)  # channels and states
 # Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
 _EXACT = "bf16x6"
