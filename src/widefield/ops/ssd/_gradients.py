@@ -14,9 +14,11 @@ from widefield.ops.ssd._triton import _bounds, _kernel
 
 @triton.jit
 def _halves(a):
-    """A float32 tile as two of bfloat16."""
-    high = a.to(tl.bfloat16)
-    return high, (a - high.to(tl.float32)).to(tl.bfloat16)
+    """A float32 tile as two of bfloat16; not-a-number stays in the lower."""
+    # By bits: conversions one by one take as long as the rest of a kernel.
+    bits = (a.to(tl.int32, bitcast=True) + 0x8000) >> 16
+    high = (bits << 16).to(tl.float32, bitcast=True)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True), (a - high).to(tl.bfloat16)
 
 
 @triton.jit
@@ -111,17 +113,17 @@ def chunk_states(
         sums, rests, total, rest = _sums(sums_ptr, rests_ptr, tokens, t, inside, end)
         whole = _left(total, rest)
         spot = ((place * (segment // Q) + chunk) * heads + head) * (blocks * splits) + piece
-        tile = spot * (BP * BN) + inner
+        tile = spot * (BP * BN)
         if WIDE:
-            tl.store(states_ptr + tile, state)
+            tl.store(states_ptr + tile + inner, state)
         else:
             high, low = _halves(state)
-            tl.store(states_ptr + tile, high)
-            tl.store(low_ptr + tile, low)
+            tl.store(states_ptr + tile + inner, high)
+            tl.store(low_ptr + tile + inner, low)
         if BACKWARD:
-            before = tl.load(before_ptr + tile).to(tl.float32)
+            before = tl.load(before_ptr + tile + inner).to(tl.float32)
             if not WIDE:
-                before += tl.load(before_low_ptr + tile).to(tl.float32)
+                before += tl.load(before_low_ptr + tile + inner).to(tl.float32)
             tl.store(met_ptr + spot, tl.sum(tl.sum(before * state, axis=1), axis=0) * whole)
             weight = tl.where(inside, _left(sums, rests), 0.0)
         else:
@@ -304,9 +306,8 @@ def inputs_and_decays(
         tl.store(direct_ptr + partial + tokens + i, stayed + tl.sum(both, axis=1), mask=inside)
         # How y changes with the logarithm of a token's decay: by what comes from before it and is
         # read at it or later; from and in this chunk, or others.
-        both = tl.where(i[:, None] < i[None, :], both * delta[:, None], 0.0)
         left = tl.zeros((Q, Q), tl.float32) + (stayed * delta)[:, None]
-        both = _wide_times(both, until_read.to(x.dtype), left, WIDE, PRECISE)
+        both = _wide_times(both * delta[:, None], until_read.to(x.dtype), left, WIDE, PRECISE)
         through = tl.sum(tl.where(i[:, None] < i[None, :], both, 0.0), axis=0)
         through += tl.cumsum(across, reverse=True) + passed
         tl.store(through_ptr + partial + tokens + i, through, mask=inside)
