@@ -14,6 +14,7 @@ from torch import Tensor
 
 from widefield import ops
 from widefield.ops.causal_conv1d import reference as conv_reference
+from widefield.ops.rms_norm import reference as norm_reference
 from widefield.ops.selective_scan import reference as scan_reference
 from widefield.ops.ssd import reference as ssd_reference
 from widefield.ops.state_update import reference as step_reference
@@ -146,6 +147,16 @@ def _conv_inputs(
     }
 
 
+def _norm_inputs(
+    width: int, gated: bool, batch: int, tokens: int, dtype: torch.dtype, g: torch.Generator
+) -> Tensors:
+    normal = _drawn(g, dtype)
+    found = {"x": normal(batch, tokens, width)}
+    if gated:
+        found["gate"] = normal(batch, tokens, 2 * width)[..., :width]
+    return found | {"weight": 1 + normal(width) / 4}
+
+
 def _step_inputs(make: Callable[..., Tensors], state: tuple[int, ...], *args: Any) -> Tensors:
     batch, _, dtype, g = args
     tensors = {k: t[:, 0] if t.ndim > 2 else t for k, t in make(batch, 1, dtype, g).items()}
@@ -217,6 +228,25 @@ def _mamba_ssm_step(t: Tensors) -> tuple[Tensor, ...]:
     return y, wide["state"]
 
 
+def _normed(norm: Any, t: Tensors) -> tuple[Tensor, ...]:
+    return (norm(*t.values(), 1e-5),)
+
+
+def _mamba_ssm_norm(t: Tensors) -> tuple[Tensor, ...]:
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn  # type: ignore[import-not-found]
+
+    return (rms_norm_fn(t["x"], t["weight"], None, eps=1e-5),)
+
+
+def _mamba_ssm_gated_norm(t: Tensors) -> tuple[Tensor, ...]:
+    from mamba_ssm.ops.triton.layernorm_gated import (  # type: ignore[import-not-found]
+        rmsnorm_fn,
+    )
+
+    norm = {"z": t["gate"], "eps": 1e-5, "norm_before_gate": False}
+    return (rmsnorm_fn(t["x"], t["weight"], None, **norm),)
+
+
 def _causal_conv1d(t: Tensors) -> tuple[Tensor, ...]:
     from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]
 
@@ -248,7 +278,9 @@ def all_ops(backends: Sequence[str]) -> list[Op]:
     Args:
         backends: "default" for the one that the op chooses, or names of `ops.use_backend`.
     """
-    return [*_scans(backends), *_ssds(backends), _conv(backends), *_steps(backends)]
+    return [
+        *_scans(backends), *_ssds(backends), _conv(backends), *_steps(backends), *_norms(backends),
+    ]  # fmt: skip
 
 
 LONG = (8192, 65_536, 524_288)
@@ -309,6 +341,9 @@ def _ssds(backends: Sequence[str]) -> list[Op]:
     found = []
     peer = Side("mamba-ssm", _mamba_ssm_ssd, ours=False)
     ours = functools.partial(_planned, ops.ssd, SSDInputs)
+    trained: dict[str, dict[int, int]] = {  # more of them: tokens by batch
+        "130m": {8: 2048, 1: 65_536}, "2.7b": {4: 2048},
+    }  # fmt: skip
     for size, heads, groups, batch in (
         ("130m", 24, 1, 64), ("2.7b", 80, 1, 16), ("nemotron", 128, 8, 8),
     ):  # fmt: skip
@@ -322,6 +357,16 @@ def _ssds(backends: Sequence[str]) -> list[Op]:
             lengths=LONG,
         )
         found += _with_variants(plain, heads, (2048, batch))
+        found += [
+            replace(
+                plain,
+                name=f"ssd-{size}-backward-{rows}",
+                lengths=(tokens,),
+                batch=rows,
+                backward=True,
+            )
+            for rows, tokens in trained.get(size, {}).items()
+        ]
     return found
 
 
@@ -367,6 +412,31 @@ def _steps(backends: Sequence[str]) -> list[Op]:
                     batch=batch,
                 )
             )
+    return found
+
+
+def _norms(backends: Sequence[str]) -> list[Op]:
+    """Forward and backward of the block's norm, and of Mamba-2's gated one."""
+    width = {"norm": 768, "gated-norm": 1536}
+    found = []
+    for name, ours, plain, peer in (
+        ("norm", ops.rms_norm, norm_reference.rms_norm, _mamba_ssm_norm),
+        ("gated-norm", ops.gated_rms_norm, norm_reference.gated_rms_norm, _mamba_ssm_gated_norm),
+    ):
+        side = Side("mamba-ssm", peer, ours=False)
+        normed = functools.partial(_normed, ours)
+        found.append(
+            Op(
+                name=f"{name}-backward",
+                inputs=functools.partial(_norm_inputs, width[name], name != "norm"),
+                outputs=("y",),
+                reference=functools.partial(_normed, plain),
+                sides=functools.partial(_sides, normed, backends, side, "mamba_ssm"),
+                shape={"width": width[name]},
+                lengths=(65_536,),
+                backward=True,
+            )
+        )
     return found
 
 

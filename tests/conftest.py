@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 
 from tests import shapes
 
+KERNELS = {"cpu", "cuda", "_numba", "_triton", "_gradients"}
+
 
 class KernelsUnchecked(importlib.abc.MetaPathFinder):
     """Keeps the checks away from kernel modules: numba and Triton compile the bare function."""
@@ -30,7 +32,7 @@ class KernelsUnchecked(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
-        if package.startswith("widefield.ops") and name in {"cpu", "cuda", "_numba", "_triton"}:
+        if package.startswith("widefield.ops") and name in KERNELS:
             return importlib.machinery.PathFinder.find_spec(fullname, path, target)
         return None
 

@@ -58,6 +58,19 @@ def test_logits_equal_plain_torch_with_and_without_padding(name: str, ids: Tenso
 
 
 @on_triton
+@pytest.mark.parametrize("name", KINDS)
+@torch.enable_grad()
+def test_gradients_in_training_equal_plain_torch(name: str, ids: Tensor) -> None:
+    _, ours = pair(name)
+    names, parameters = zip(*ours.train().named_parameters(), strict=True)
+    with use_backend("reference"):
+        plain = torch.autograd.grad(ours(ids, labels=ids, use_cache=False).loss, parameters)
+    mine = torch.autograd.grad(ours(ids, labels=ids, use_cache=False).loss, parameters)
+    for parameter, value, expected in zip(names, mine, plain, strict=True):
+        assert relative(value, expected) < 1e-4, parameter
+
+
+@on_triton
 @pytest.mark.parametrize("in_fp32", [True, False])
 def test_a_half_precision_stream_has_the_dtype_of_stock(in_fp32: bool, ids: Tensor) -> None:
     stock, ours = (m.half() for m in pair(residual_in_fp32=in_fp32))

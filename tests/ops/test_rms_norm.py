@@ -144,3 +144,85 @@ def test_a_sum_and_its_norm_are_as_exact_as_the_reference(
     for value, near, exact in zip(ours, same, truth, strict=True):
         assert value.dtype == near.dtype
         assert error(value, exact) <= 2 * error(near, exact)
+
+
+def gradients(norm: Any, tensors: list[Tensor], **call: Any) -> list[Tensor]:
+    """Of the inputs, for fixed random gradients of the outputs."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    outputs = norm(*leaves, 1e-5, **call)
+    generator = torch.Generator().manual_seed(5)
+    loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for output in outputs if isinstance(outputs, tuple) else (outputs,):
+        weights = torch.randn(output.shape, generator=generator).to(tensors[0].dtype)
+        loss = loss + (output * weights.to(output.device, output.dtype)).double().sum()
+    loss.backward()
+    return [t.grad for t in leaves if t.grad is not None]
+
+
+def assert_gradients_as_exact(name: str, tensors: list[Tensor], **call: Any) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    wide = {k: v for k, v in call.items() if "dtype" not in k}
+    exact = gradients(getattr(reference, name), moved(tensors, torch.float64), **wide)
+    same = gradients(getattr(reference, name), tensors, **call)
+    ours = gradients(getattr(cuda, name), tensors, **call)
+    assert len(ours) == len(tensors)
+    for value, near, truth in zip(ours, same, exact, strict=True):
+        assert value.dtype == near.dtype
+        assert error(value, truth) <= 2 * error(near, truth)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_gradients_of_the_plain_norm_are_as_exact_as_the_references(
+    length: int, dtype: torch.dtype
+) -> None:
+    x, _gate, weight = moved(inputs(length, dtype=dtype), DEVICE)
+    assert_gradients_as_exact("rms_norm", [x, weight])
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "gate_first"), GATED)
+@pytest.mark.parametrize("width", [90, 96] if INTERPRETED else [90, 1536, 5120])
+def test_gradients_of_the_gated_norm_are_as_exact_as_the_references(
+    groups: int, gate_first: bool, width: int, dtype: torch.dtype
+) -> None:
+    tensors = moved(inputs(63, width, dtype), DEVICE)
+    assert_gradients_as_exact("gated_rms_norm", tensors, groups=groups, gate_first=gate_first)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [90, 96] if INTERPRETED else [90, 768])
+def test_gradients_of_a_sum_and_its_norm_are_as_exact_as_the_references(
+    width: int, dtype: torch.dtype
+) -> None:
+    x, other, weight = moved(inputs(63, width, dtype), DEVICE)
+    call = {"sum_dtype": torch.float32, "dtype": dtype}
+    assert_gradients_as_exact("add_rms_norm", [x.float(), other, weight], **call)
+
+
+@on_triton
+def test_gradients_fill_the_whole_of_what_they_return() -> None:
+    tensors = moved(inputs(63), DEVICE)
+    torch.use_deterministic_algorithms(True)  # torch then poisons new tensors with NaN
+    try:
+        from widefield.ops.rms_norm import cuda
+
+        found = gradients(cuda.gated_rms_norm, tensors, groups=3)
+        bare = gradients(lambda x, eps: cuda.rms_norm(x, None, eps), tensors[:1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() for value in [*found, *bare])
+
+
+@on_triton
+def test_nothing_to_norm_has_gradients_of_nothing() -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, weight = torch.zeros(0, 64, device=DEVICE), torch.rand(64, device=DEVICE)
+    dx, dweight = gradients(cuda.rms_norm, [x, weight])
+    assert dx.shape == (0, 64)
+    assert torch.equal(dweight, torch.zeros_like(weight))

@@ -66,8 +66,13 @@ def full_plan(heads: int, rows: int) -> LayerPlan:
     )
 
 
-def with_gradients(scan: Scan, inputs: SSDInputs, plan: LayerPlan | None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of a fixed random sum of them, in float64 on the CPU."""
+def with_gradients(
+    scan: Scan, inputs: SSDInputs, plan: LayerPlan | None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a fixed random sum of them, in float64 on the CPU.
+
+    Its weights are numbers that `dtype` can hold.
+    """
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name in LEAVES
@@ -75,7 +80,10 @@ def with_gradients(scan: Scan, inputs: SSDInputs, plan: LayerPlan | None) -> dic
     }
     y, state = scan(inputs.replace(**leaves), plan)
     generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in (y, state)]
+    weights = [
+        torch.randn(t.shape, generator=generator).to(dtype).to(t.device, t.dtype)
+        for t in (y, state)
+    ]
     ((y * weights[0]).double().sum() + (state * weights[1]).double().sum()).backward()
     found = {"y": y, "state": state, **{n: v.grad for n, v in leaves.items()}}
     return {n: v.detach().double().cpu() for n, v in found.items() if v is not None}
@@ -89,10 +97,11 @@ def assert_as_exact(
     inputs: SSDInputs, plan: LayerPlan | None = None, truth_by: Scan = reference.ssd
 ) -> None:
     """Errors of y, state and gradients are at most twice the reference's in the same dtype."""
-    truth = with_gradients(truth_by, moved(inputs, "cpu", torch.float64), wide_plan(plan))
-    same = with_gradients(truth_by, inputs, plan)
+    dtype = inputs.x.dtype
+    truth = with_gradients(truth_by, moved(inputs, "cpu", torch.float64), wide_plan(plan), dtype)
+    same = with_gradients(truth_by, inputs, plan, dtype)
     on_device = None if plan is None else plan.to(DEVICE)
-    found = with_gradients(ours, moved(inputs, DEVICE), on_device)
+    found = with_gradients(ours, moved(inputs, DEVICE), on_device, dtype)
     assert found.keys() == truth.keys()
     for name, value in truth.items():
         assert error(found[name], value) <= 2 * error(same[name], value) + 3e-7, name

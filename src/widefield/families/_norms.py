@@ -12,7 +12,7 @@ from widefield import ops
 
 
 class Norm(nn.Module):
-    """Mixed into an RMS norm of transformers; where gradients are wanted, that one runs."""
+    """Mixed into an RMS norm of transformers."""
 
     weight: Tensor
     variance_epsilon: float
@@ -30,7 +30,7 @@ class Norm(nn.Module):
             dtype: what the input would be rounded to first by whoever calls; None for its own.
         """
         known = self.widens or dtype is not None or hidden_states.dtype == self.weight.dtype
-        if known and ops.runs_kernels(hidden_states, self.weight):
+        if known and ops.runs_kernels(hidden_states, self.weight, backward=True):
             return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype=dtype)
         rounded = hidden_states if dtype is None else hidden_states.to(dtype)
         plain: Any = super().forward
@@ -44,14 +44,14 @@ class WeightlessNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The normed input."""
-        if ops.runs_kernels(x):
+        if ops.runs_kernels(x, backward=True):
             return ops.rms_norm(x, None, self.eps)
         plain: Any = super().forward
         return plain(x)
 
 
 class GatedNorm(nn.Module):
-    """Mixed into a gated RMS norm of transformers; where gradients are wanted, that one runs."""
+    """Mixed into a gated RMS norm of transformers."""
 
     weight: Tensor
     variance_epsilon: float
@@ -73,7 +73,8 @@ class GatedNorm(nn.Module):
         gate: Float[Tensor, "*batch width"] | None = None,
     ) -> Float[Tensor, "*batch width"]:
         """The gated and normed input."""
-        if gate is None or not ops.runs_kernels(hidden_states, gate, self.weight):
+        tensors = (hidden_states, gate, self.weight)
+        if gate is None or not ops.runs_kernels(*tensors, backward=True):
             plain: Any = super().forward
             if hidden_states.ndim == 3 and hidden_states.shape[1] == 1:
                 # That of FalconH1 in older versions of transformers drops a length of one, and

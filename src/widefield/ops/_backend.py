@@ -86,11 +86,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(index)
 
 
-def runs_kernels(*tensors: Tensor | None) -> bool:
-    """Whether kernels of a GPU that have no backward would run for these inputs."""
+def runs_kernels(*tensors: Tensor | None, backward: bool = False) -> bool:
+    """Whether kernels of a GPU would run for these inputs, which have a backward or have none."""
     if is_compiling() or choose(*tensors) != "cuda":
         return False
-    return not (is_grad_enabled() and _want_gradients(tensors))
+    return backward or not (is_grad_enabled() and _want_gradients(tensors))
 
 
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:

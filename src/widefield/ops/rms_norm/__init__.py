@@ -30,7 +30,7 @@ def rms_norm(
     Returns:
         Of the shape of x.
     """
-    if runs_kernels(x, weight):
+    if runs_kernels(x, weight, backward=True):
         return on_gpu("rms_norm").rms_norm(x, weight, eps, dtype=dtype)
     return reference.rms_norm(x, weight, eps, dtype=dtype)
 
@@ -55,7 +55,7 @@ def add_rms_norm(
         dtype: of its norm; None for the wider of those of the sum and the weight.
     """
     call = {"sum_dtype": sum_dtype, "dtype": dtype}
-    if runs_kernels(x, other, weight):
+    if runs_kernels(x, other, weight, backward=True):
         return on_gpu("rms_norm").add_rms_norm(x, other, weight, eps, **call)
     return reference.add_rms_norm(x, other, weight, eps, **call)
 
@@ -82,7 +82,7 @@ def gated_rms_norm(
     Returns:
         In the wider of the dtypes of x and weight.
     """
-    if runs_kernels(x, gate, weight):
+    if runs_kernels(x, gate, weight, backward=True):
         run = on_gpu("rms_norm").gated_rms_norm
     else:
         run = reference.gated_rms_norm

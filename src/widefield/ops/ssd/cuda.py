@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widefield.ops.ssd import _gradients as gradients
 from widefield.ops.ssd import _triton as kernels
 from widefield.plan import LayerPlan, SSDInputs
 
@@ -66,16 +67,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _cut(inputs: SSDInputs, segment: int | None = None) -> _Cut:
-    """Segments of a given size, or for about two programs a multiprocessor."""
+def _cut(inputs: SSDInputs, several: int) -> _Cut:
+    """Segments for about so many programs a multiprocessor."""
     batch, length, heads, width = inputs.x.shape
     large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
     chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
-    if segment is None:
-        programs = batch * heads * _parts(width, 64)
-        wanted = 2 * _processors(inputs.x.device) // programs
-        slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
-        segment = max(chunk, chunk * -(-length // (chunk * slots)))
+    programs = batch * heads * _parts(width, 64)
+    wanted = several * _processors(inputs.x.device) // programs
+    slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
+    segment = max(chunk, chunk * -(-length // (chunk * slots)))
     if inputs.cu_seqlens is None:
         return _Cut(chunk, segment, max(1, -(-length // segment)), batch, None, None)
     sequences = inputs.cu_seqlens.shape[0] - 1
@@ -141,13 +141,13 @@ class _Call:
     cut: _Cut
 
     @staticmethod
-    def of(inputs: SSDInputs, plan: LayerPlan, segment: int | None = None) -> _Call:
+    def of(inputs: SSDInputs, plan: LayerPlan, several: int = 2) -> _Call:
         x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
         D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
         initial = inputs.initial_state
         initial = None if initial is None else initial.float().contiguous()
         A = inputs.A.float().contiguous()
-        cut = _cut(inputs, segment)
+        cut = _cut(inputs, several)
         return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
 
     @cached_property
@@ -281,26 +281,12 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
 def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     x, B, C, cut = call.x, call.B, call.C, call.cut
     batch, length, heads, width = x.shape
-    groups, states = B.shape[2:]
-    blocks, share = call.blocks, heads // groups
-    several = max(n for n in range(1, 9) if share % n == 0)
-    parts = share // several
+    states = B.shape[3]
     dy = dy.contiguous()
-    # Narrower tiles than the usual ones would be other code, and code that was seen to go astray.
-    BP, BN = (
-        (64, max(128, _power_of_two(states))) if x.is_cuda else (call.width_tile, call.states_tile)
-    )
-    whole = width % BP == 0 and states == BN
-    items = batch * cut.slots * groups * parts * blocks
-    workers = min(items, 2 * _processors(x.device))
-    steps = cut.segment // cut.chunk
     made = [call.empty(batch, heads, length) for _ in range(3)]
     dinitial = call.empty(cut.sequences, heads, width, states)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
-    left = call.empty(2, blocks, batch, heads, length).unbind()
-    sums = call.empty(2, parts * blocks, batch, length, groups, states).unbind()
-    dD = call.empty(batch, cut.slots, heads, blocks * BP).zero_()
     by_chunk = call.empty(2, batch, call.chunks, heads).zero_().unbind()
     with torch.cuda.device_of(x):
         call.run_deltas(made)
@@ -308,23 +294,132 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
         behind, _ = call.segment_states(dy, C, made, backward=True)
         _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
         _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
-        unit, strides = _in_units(x, B, C, dy)
-        kernels.gradients[(workers,)](
-            x, B, C, dy, *call.optional(call.D, call.inputs.valid, cut.table),
-            *made, before, behind, call.empty(workers, steps, BP, BN),
-            dx, *left, *sums, dD,
-            batch, *call.sizes, several, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, WHOLE=whole, STEPS=steps,
-            num_warps=4, num_stages=1, **(call.tiles(unit) | {"BP": BP, "BN": BN}),
-        )  # fmt: skip
+        chunked = _Chunked.of(call, made)
+        before, _ = chunked.states(x, B, before)
+        behind, met = chunked.states(dy, C, behind, before)
+        dC, across = chunked.projections(dy, x, B, C, before, 1)
+        dB, stayed = chunked.projections(x, dy, C, B, behind, -1)
+        *left, dD = chunked.inputs(dy, behind[0], across, stayed, met, dx)
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
-    dB, dC = (t.sum(0).to(B.dtype) for t in sums)
-    dD = dD[..., : blocks * BP].sum((0, 1)).sum(-1)
     return {
         "x": dx, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "bias": dbias,
         "initial": dinitial,
     }  # fmt: skip
+
+
+def _both(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Their upper and lower halves; no kernel reads the lower ones of float32."""
+    return states[0], states[-1]
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    """A backward whose chunks are each worked on alone, and its kernels' settings.
+
+    Attributes:
+        call: the scan.
+        made: Δ and the sums of logarithms of decays.
+        tile: channels and states of a tile.
+        blocks: tiles along the channels of a head.
+        splits: tiles along its states.
+    """
+
+    call: _Call
+    made: Sequence[Tensor]
+    tile: tuple[int, int]
+    blocks: int
+    splits: int
+
+    @staticmethod
+    def of(call: _Call, made: Sequence[Tensor]) -> _Chunked:
+        width, states = call.x.shape[3], call.B.shape[3]
+        if call.x.is_cuda:
+            BP, BN = _TILE
+        else:
+            BP, BN = call.width_tile, min(32, call.states_tile)
+        return _Chunked(call, made, (BP, BN), _parts(width, BP), _parts(states, BN))
+
+    def settings(self, unit: int, stages: int) -> dict[str, Any]:
+        BP, BN = self.tile
+        width, states = self.call.x.shape[3], self.call.B.shape[3]
+        return self.call.tiles(unit) | {
+            "BP": BP, "BN": BN, "WHOLE": width % BP == 0 and states % BN == 0, "num_warps": 4,
+            "STAGES": 1 if self.call.tiles(unit)["WIDE"] else stages,
+        }  # fmt: skip
+
+    @property
+    def spots(self) -> tuple[int, int]:
+        """Chunks of all rows, and heads."""
+        return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
+
+    def states(
+        self, x: Tensor, B: Tensor, edges: Tensor, before: Sequence[Tensor] | None = None
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """The state in front of each chunk; backward, with those, its gradient behind it.
+
+        Also how both meet in a chunk, if backward.
+        """
+        call, cut = self.call, self.call.cut
+        wide = call.tiles(1)["WIDE"]
+        tiles = math.prod(self.spots) * self.blocks * self.splits
+        dtype = torch.float32 if wide else torch.bfloat16
+        found = [
+            torch.empty(tiles * math.prod(self.tile), dtype=dtype, device=x.device)
+            for _ in range(1 if wide else 2)
+        ]
+        met = call.empty(tiles)
+        unit, strides = _in_units(x, B)
+        grid = (x.shape[2] * self.blocks * self.splits, cut.slots, x.shape[0])
+        gradients.chunk_states[grid](
+            x, B, *call.optional(call.inputs.valid, cut.table), *self.made, edges,
+            *_both(found if before is None else before), *_both(found), met,
+            *call.sizes, *strides, *call.valid_strides,
+            BACKWARD=before is not None, **self.settings(unit, 2),
+        )  # fmt: skip
+        return found, met
+
+    def projections(
+        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, states: Sequence[Tensor], sign: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of C, or with sign -1 of B; and what comes of states, a token and head."""
+        call = self.call
+        batch, length, heads, _ = u.shape
+        groups = mates.shape[2]
+        share = heads // groups
+        wanted = 3 * _processors(u.device) // (batch * call.chunks * groups * self.splits)
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
+        dtype = mates.dtype if parts == 1 else torch.float32
+        found = torch.empty(parts, *mates.shape, dtype=dtype, device=u.device)
+        met = call.empty(self.splits * self.blocks, batch, heads, length)
+        unit, strides = _in_units(u, v, keys, mates)
+        gradients.projections[(call.chunks, groups * parts * self.splits, batch)](
+            u, v, keys, mates, *call.optional(call.inputs.valid, call.cut.table), *self.made,
+            *_both(states), found, met, sign, *call.sizes, share // parts, *strides,
+            *call.valid_strides, **self.settings(unit, 2),
+        )  # fmt: skip
+        return found[0] if parts == 1 else found.sum(0).to(mates.dtype), met
+
+    def inputs(
+        self, dy: Tensor, behind: Tensor, across: Tensor, stayed: Tensor, met: Tensor, dx: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill dx; of each token and head, what the gradients of Δ are made from; and dD."""
+        call, x = self.call, self.call.x
+        batch, length, heads, _ = x.shape
+        groups = call.B.shape[2]
+        share = heads // groups
+        wanted = 6 * _processors(x.device) // (batch * call.chunks * groups * self.blocks)
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
+        direct, through = call.empty(2, self.blocks, batch, heads, length).unbind()
+        dD = call.empty(*self.spots, self.blocks).zero_()
+        unit, strides = _in_units(x, call.B, call.C, dy)
+        gradients.inputs_and_decays[(call.chunks, groups * parts * self.blocks, batch)](
+            x, call.B, call.C, dy, *call.optional(call.D, call.inputs.valid, call.cut.table),
+            *self.made, behind, across, stayed, met, dx, direct, through, dD,
+            *call.sizes, share // parts, *strides, *call.valid_strides,
+            HAS_D=call.D is not None, SPLITS=self.splits, **self.settings(unit, 2),
+        )  # fmt: skip
+        return direct, through, dD.sum((0, 2))
 
 
 def _pass(
@@ -362,7 +457,7 @@ class _SSD(torch.autograd.Function):
         x, delta, A, B, C, D, bias, initial, valid, cu_seqlens = ctx.saved_tensors
         softplus, limit = ctx.options
         inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
-        found = _backward(_Call.of(inputs, ctx.plan, _BACKWARD_SEGMENT), dy, dfinal)
+        found = _backward(_Call.of(inputs, ctx.plan, _SEVERAL_BACKWARD), dy, dfinal)
         wanted = {
             "x": x,
             "delta": delta,
@@ -373,8 +468,8 @@ class _SSD(torch.autograd.Function):
             "bias": bias,
             "initial": initial,
         }
-        gradients = (None if t is None else found[n].to(t.dtype) for n, t in wanted.items())
-        return (*gradients, None, None)
+        found = {n: None if t is None else found[n].to(t.dtype) for n, t in wanted.items()}
+        return (*found.values(), None, None)
 
 
 def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tensor]:
@@ -398,6 +493,7 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
 
 
 _MOST_SEGMENTS = 64
-_BACKWARD_SEGMENT = 512
+_SEVERAL_BACKWARD = 4  # segments a multiprocessor
+_TILE = (64, 128)  # channels and states
 # Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
 _EXACT = "bf16x6"
