@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ops.emulated_cuda import EmulatedKernel, compiled
+from tests.ops import emulated_cuda
 from widefield.ops import _nvrtc
 
 _HEADERS = tuple(Path(__file__).with_name(f"emulated_{name}.h") for name in ("cuda", "ssd"))
@@ -17,6 +19,17 @@ _REPLACED = (
     "write_matrices", "products_begin", "products_commit", "products_wait", "pin",
     "multiply_tiles",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmulatedKernel:
+    """Launches like `_nvrtc.Kernel`."""
+
+    library: ctypes.CDLL
+
+    def launch(self, grid: tuple[int, int, int], parameters: ctypes.Structure) -> None:
+        """Run all blocks, one after the other."""
+        assert not self.library.emulate(*grid, ctypes.byref(parameters)), "threads wait forever"
 
 
 def build(
@@ -31,7 +44,8 @@ def build(
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
     code = _translated(_nvrtc.source_of(source), name, threads, shared)
-    return compiled(code, macros, folder, optimise="-O1")
+    kernel = emulated_cuda.compiled(code, macros, folder, optimise="-O1")
+    return EmulatedKernel(kernel.library)
 
 
 def _translated(source: str, name: str, threads: int, shared: int) -> str:

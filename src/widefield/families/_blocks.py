@@ -100,13 +100,27 @@ class ResidualBlock(DroppingBlock):
         if past is not None and steps_in_few_kernels(norm, self.mixer, hidden_states):
             dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
             return self.mixer.block_step(hidden_states, norm, past, dtype)
+        follower = self._next_norm()
+        if isinstance(turn, Turn):
+            turn.scales_later = follower is not None and _is_seen_by_nobody(self.mixer)
         out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
-        follower = self.__dict__.get("_widefield_follower")
         dtype = torch.promote_types(hidden_states.dtype, out.dtype)
         dtype = torch.promote_types(dtype, torch.float32) if self.residual_in_fp32 else dtype
-        if isinstance(follower, Norm) and _is_seen_by_nobody(follower) and not out.is_inference():
-            return _add_and_norm(hidden_states, out, follower, dtype)
-        return hidden_states.to(dtype) + out
+        if follower is None:
+            return hidden_states.to(dtype) + out
+        scale = turn.scale if isinstance(turn, Turn) else None
+        return _add_and_norm(hidden_states, out, scale, follower, dtype)
+
+    def _next_norm(self) -> Norm | None:
+        """The norm that reads this block's output and nothing else does before, or None."""
+        follower = self.__dict__.get("_widefield_follower")
+        norm = None if follower is None else follower.norm
+        if not (isinstance(norm, Norm) and _is_seen_by_nobody(norm)):
+            return None
+        if not torch.is_inference_mode_enabled():
+            return norm
+        # Such tensors do not tell whether they have been changed: nobody may get to see them.
+        return norm if all(map(_is_seen_by_nobody, (self, follower))) else None
 
 
 def chain_blocks(model: nn.Module) -> None:
@@ -115,7 +129,7 @@ def chain_blocks(model: nn.Module) -> None:
         if isinstance(stack, nn.ModuleList):
             for block, following in itertools.pairwise(stack):
                 if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
-                    block.__dict__["_widefield_follower"] = following.norm  # not its submodule
+                    block.__dict__["_widefield_follower"] = following  # not its submodule
 
 
 def _is_seen_by_nobody(module: nn.Module) -> bool:
@@ -124,13 +138,17 @@ def _is_seen_by_nobody(module: nn.Module) -> bool:
     return not (hooks or "_old_forward" in vars(module))
 
 
-def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+def _add_and_norm(
+    hidden_states: Tensor, out: Tensor, scale: Tensor | None, norm: Norm, dtype: torch.dtype
+) -> Tensor:
     """The sum, which carries its norm along to the next block."""
     width = norm.weight.dtype
     total, normed = ops.add_rms_norm(
-        hidden_states, out, norm.weight, norm.variance_epsilon, sum_dtype=dtype, dtype=width
-    )
-    total._widefield_normed = (norm, normed, total._version)  # type: ignore[attr-defined]
+        hidden_states, out, norm.weight, norm.variance_epsilon,
+        scale=scale, sum_dtype=dtype, dtype=width,
+    )  # fmt: skip
+    version = None if total.is_inference() else total._version
+    total._widefield_normed = (norm, normed, version)  # type: ignore[attr-defined]
     return total
 
 
@@ -141,7 +159,8 @@ def _take_normed(hidden_states: Tensor, norm: nn.Module) -> Tensor | None:
         return None
     del hidden_states._widefield_normed  # type: ignore[attr-defined]
     kept, normed, version = ready
-    return normed if kept is norm and version == hidden_states._version else None
+    known = version is None or version == hidden_states._version
+    return normed if kept is norm and known else None
 
 
 def _left_behind(turn: Turn) -> Left | None:

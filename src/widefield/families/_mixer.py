@@ -87,6 +87,8 @@ class Turn:
         dropped: whether earlier layers have dropped tokens in this forward.
         residual: (B, L, width) the block's input, where the mixer is to choose tokens and no more.
         kept: what it has chosen; None as long as more chunks are to come.
+        scales_later: whether the block multiplies the mixer's output with `scale`, if there is one.
+        scale: (B, L) float32 what the rows of the output are still to be multiplied with, or None.
     """
 
     past: LayerCache | None
@@ -95,6 +97,8 @@ class Turn:
     dropped: bool = False
     residual: Tensor | None = None
     kept: Kept | None = None
+    scales_later: bool = False
+    scale: Tensor | None = None
 
     @property
     def shortens(self) -> bool:
@@ -131,6 +135,14 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch length channels"], Tensor]:
         """What `out_proj` reads, and the state behind the last token."""
         raise NotImplementedError
+
+    def scan_unscaled(
+        self, inputs: Any, gate: Any, plan: LayerPlan | None
+    ) -> tuple[
+        Float[Tensor, "batch length channels"], Tensor, Float[Tensor, "batch length"] | None
+    ]:
+        """The same, and what the rows of `out_proj`'s output are to be multiplied with, or None."""
+        return (*self.scan(inputs, gate, plan), None)
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output for one more token a row; the states in the cache go on."""
@@ -251,15 +263,22 @@ class Mixer(nn.Module):
 
     def _prefill(self, hidden_states: Tensor, turn: Turn) -> Tensor:
         """One tile after the other, so that only the output is as long as the input."""
-        state, output, tile = self.state_of(turn.past), None, None
+        state, output, tile, scales = self.state_of(turn.past), None, None, []
         for tile in self._tiles(hidden_states, turn):
             inputs = tile.inputs if state is None else tile.inputs.replace(initial_state=state)
-            y, state = self.scan(inputs, tile.gate, turn.plan)
+            y, state, scale = self.scan_unscaled(inputs, tile.gate, turn.plan)
+            scales += [] if scale is None else [scale]
             output = self._write(output, y.to(hidden_states.dtype), tile.part, hidden_states)
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
-        return output
+        if not scales:
+            return output
+        scale = scales[0] if len(scales) == 1 else torch.cat(scales, dim=1)
+        if turn.scales_later:
+            turn.scale = scale
+            return output
+        return output.mul_(scale[..., None])
 
     def _write(
         self, output: Tensor | None, y: Tensor, part: slice, hidden_states: Tensor
@@ -268,7 +287,7 @@ class Mixer(nn.Module):
         batch, length, _ = hidden_states.shape
         if y.shape[1] == length:
             return self.out_proj(y)
-        if batch == 1 and ops.runs_kernels(y) and _is_plain(self.out_proj, y):
+        if batch == 1 and ops.runs_kernels(y) and is_plain(self.out_proj, y):
             if output is None:
                 output = y.new_empty(batch, length, self.out_proj.out_features)
             _linear_into(output[0, part], y[0], self.out_proj)
@@ -382,7 +401,7 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     known = (nn.Linear, nn.Conv1d, GatedNorm)
     if not all(type(module) in known or isinstance(module, GatedNorm) for module in used):
         return False
-    if not all(_is_untouched(module) for module in (norm, mixer, *used)):
+    if not all(is_untouched(module) for module in (norm, mixer, *used)):
         return False
     kinds = {module.weight.dtype for module in (norm, *used)}
     in_autocast = torch.is_autocast_enabled(x.device.type)
@@ -394,14 +413,14 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     )
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else."""
     own = vars(module)
     hooks = module._forward_hooks or module._forward_pre_hooks
     return not hooks and "forward" not in own and own.get("_compiled_call_impl") is None
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether calling the module with x is nothing but a product with its weights."""
     if type(module) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
         return False

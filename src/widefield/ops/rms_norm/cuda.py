@@ -19,9 +19,10 @@ _PIECES = 8
 
 @triton.jit
 def _forward(
-    x_ptr, other_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups, eps,
+    x_ptr, other_ptr, scale_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups, eps,
     x_batch, x_token, other_batch, other_token,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ADD: tl.constexpr, SCALED: tl.constexpr,
+    WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # A row is one group of one token, in pieces of whole blocks where its width allows it. The
@@ -37,6 +38,8 @@ def _forward(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     values = ()
     gates = ()
+    if SCALED:
+        share = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
     for piece in tl.static_range(PIECES):
         d = piece * BLOCK + column
         mask = (row < rows)[:, None] & (d < WIDTH)[None, :]
@@ -45,6 +48,8 @@ def _forward(
             other = tl.load(other_ptr + other_row[:, None] + d[None, :], mask=mask, other=0.0)
             other = other.to(tl.float32)
             if ADD:
+                if SCALED:
+                    other *= share
                 added = (x + other).to(sum_ptr.dtype.element_ty)
                 tl.store(sum_ptr + row[:, None] * WIDTH + d[None, :], added, mask=mask)
                 x = added.to(tl.float32)
@@ -69,6 +74,33 @@ def _forward(
         tl.store(y_ptr + row[:, None] * WIDTH + d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _inverse(
+    squares_ptr, scale_ptr, rows, width, eps,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (part < PARTS)[None, :]
+    squares = tl.load(squares_ptr + row[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / width + eps)
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+
+
+def inverse_rms(squares: Tensor, width: int, eps: float) -> Tensor:
+    """What an RMS norm multiplies its input with; the same contract as the reference."""
+    scale = torch.empty(squares.shape[:-1], dtype=torch.float32, device=squares.device)
+    parts = squares.shape[-1]
+    block = power_of_two(parts)
+    many = _floor_to_power(_NUMBERS // block, 1, 64)
+    with torch.cuda.device_of(squares):
+        _inverse[(blocks(scale.numel(), many),)](
+            squares.contiguous(), scale, scale.numel(), float(width), eps,
+            PARTS=parts, BLOCK=block, ROWS=many, num_warps=4,
+        )  # fmt: skip
+    return scale
+
+
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -84,6 +116,7 @@ def add_rms_norm(
     weight: Tensor,
     eps: float,
     *,
+    scale: Tensor | None = None,
     sum_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -91,7 +124,8 @@ def add_rms_norm(
     sum_dtype = sum_dtype or torch.promote_types(x.dtype, other.dtype)
     added = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
     dtype = dtype or torch.promote_types(sum_dtype, weight.dtype)
-    return added, _Call(x, other, weight, eps, added=added).run(dtype)
+    scale = None if scale is None else scale.contiguous()
+    return added, _Call(x, other, weight, eps, added=added, scale=scale).run(dtype)
 
 
 def gated_rms_norm(
@@ -117,6 +151,7 @@ class _Call:
     weight: Tensor | None
     eps: float
     added: Tensor | None = None
+    scale: Tensor | None = None
     groups: int = 1
     gate_first: bool = False
 
@@ -130,15 +165,17 @@ class _Call:
         other = x if self.other is None else _by_token(self.other)
         weight = x if self.weight is None else self.weight.contiguous()
         added = x if self.added is None else self.added
+        scale = x if self.scale is None else self.scale
         rows = y.numel() // y.shape[-1] * self.groups
         width = y.shape[-1] // self.groups
         block, pieces, many, warps = _layout(width)
         with torch.cuda.device_of(x):
             _forward[(blocks(rows, many),)](
-                x, other, weight, added, y, rows, x.shape[1], self.groups, self.eps,
+                x, other, scale, weight, added, y, rows, x.shape[1], self.groups, self.eps,
                 x.stride(0), x.stride(1), other.stride(0), other.stride(1),
-                ADD=self.added is not None, WEIGHT=self.weight is not None,
-                GATE=self.other is not None and self.added is None, GATE_FIRST=self.gate_first,
+                ADD=self.added is not None, SCALED=self.scale is not None,
+                WEIGHT=self.weight is not None, GATE=self.other is not None and self.added is None,
+                GATE_FIRST=self.gate_first,
                 WIDTH=width, PIECES=pieces, BLOCK=block, ROWS=many,
                 num_warps=warps,
             )  # fmt: skip

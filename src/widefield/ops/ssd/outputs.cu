@@ -402,9 +402,9 @@ struct Walk {
             square[h] += __shfl_xor_sync(~0u, square[h], 1);
             square[h] += __shfl_xor_sync(~0u, square[h], 2);
             int t = first + my_row() + 8 * h;
-            i64 column = row * p.heads * SPLIT + blockIdx.x * COLUMNS + group;
-            i64 token = static_cast<i64>(slot) * p.segment + t;
-            if (lane % 4 == 0 && t < count) p.squares[column * p.length + token] = square[h];
+            i64 token = row * p.length + static_cast<i64>(slot) * p.segment + t;
+            i64 at = token * p.heads * SPLIT + blockIdx.x * COLUMNS + group;
+            if (lane % 4 == 0 && t < count) p.squares[at] = square[h];
         }
     }
     // Through the warp's own rows of a tile, so that whole rows go to memory.
