@@ -83,7 +83,7 @@ static void multiply_tiles(float (&d)[32], unsigned long long a, unsigned long l
     }
 }
 template <int N>
-static void multiply_turned(float (&d)[N], const unsigned* a, unsigned long long b) {
+static void multiply_turned(float (&d)[N], const unsigned* a, unsigned long long b, int add) {
     float left[2][16];
     for (int m = 0; m < 4; m++)
         for (int lane = 0; lane < 4; lane++) {
@@ -92,7 +92,7 @@ static void multiply_turned(float (&d)[N], const unsigned* a, unsigned long long
             left[m % 2][m / 2 * 8 + lane * 2 + 1] = widened(pair >> 16);
         }
     for (int i = 0; i < N; i++) {
-        double sum = d[i];
+        double sum = add ? d[i] : 0.0;
         for (int k = 0; k < 16; k++)
             sum += left[i / 2 % 2][k] * operand(b, i / 4 * 8 + current % 4 * 2 + i % 2, k);
         d[i] = sum;

@@ -145,25 +145,27 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[32], u64 a, u64 b, int
         : D32(d)
         : "l"(a), "l"(b), "r"(add));
 }
-// d += a b of 64 x 16 (in registers) and 16 x 64; rows of b lie along memory.
-__device__ __forceinline__ void multiply_turned(float (&d)[32], const u32* a, u64 b) {
+// d (+)= a b of 64 x 16 (in registers) and 16 x 64; rows of b lie along memory.
+__device__ __forceinline__ void multiply_turned(float (&d)[32], const u32* a, u64 b, int add) {
     asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " N32
-        ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+        ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
         : D32(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 // The same for 16 x 128 numbers of b.
-__device__ __forceinline__ void multiply_turned(float (&d)[64], const u32* a, u64 b) {
+__device__ __forceinline__ void multiply_turned(float (&d)[64], const u32* a, u64 b, int add) {
     asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
         "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
         "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
         "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+        "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
         : D32(d), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
 // ---- places ---------------------------------------------------------------------------------------
@@ -466,34 +468,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
         products_commit();
 
         walk.weigh(written, stage);
-        float upper = read_float(walk.vector(0) + 4 * walk.my_row());
-        float lower = read_float(walk.vector(0) + 4 * walk.my_row() + 32);
-        products_wait<1>();
-        pin(scores);
-        walk.decay(weights, scores, upper, lower);
-        products_wait<0>();
-        pin(y);
-        float fall[2] = {exp2_fast(upper), exp2_fast(lower)};
-#pragma unroll
-        for (int i = 0; i < 32; i++) y[i] *= fall[i / 2 % 2];
-
-        pin(y), pin(state);
+        pin(state);
         products_begin();
 #pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(y, weights + 4 * k, x + (k * 16 * ROW >> 4));
+        for (int k = 0; k < 4; k++) multiply_turned(state, written + 4 * k, b + (k * 16 * ROW >> 4), 1);
         products_commit();
+
+        float upper = read_float(walk.vector(0) + 4 * walk.my_row());
+        float lower = read_float(walk.vector(0) + 4 * walk.my_row() + 32);
+        products_wait<2>();
+        pin(scores);
+        walk.decay(weights, scores, upper, lower);
+        pin(scores);
+        products_begin();
 #pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(state, written + 4 * k, b + (k * 16 * ROW >> 4));
+        for (int k = 0; k < 4; k++) multiply_turned(scores, weights + 4 * k, x + (k * 16 * ROW >> 4), k);
         products_commit();
+
         products_wait<1>();
-        pin(y);
-        if (HAS_SKIP) walk.add_skip(y, stage, skip);
-        if (HAS_GATE) walk.gate(y, stage, first);
+        pin(state), pin(y);
         meet_group(walk.group);
-        walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
-        products_wait<0>();
-        pin(state);
         walk.store_tile(walk.state_tile(), state);
         scale(state, exp2_fast(walk.total_next));
+        float fall[2] = {exp2_fast(upper), exp2_fast(lower)};
+        products_wait<0>();
+        pin(scores);
+#pragma unroll
+        for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], fall[i / 2 % 2], scores[i]);
+        if (HAS_SKIP) walk.add_skip(y, stage, skip);
+        if (HAS_GATE) walk.gate(y, stage, first);
+        if (!HAS_GATE) meet_group(walk.group);
+        walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
     }
 }
