@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import widefield as wf
 from tests.families.cases import CASES, random_ids, relative
 from tests.ops.triton_device import DEVICE, on_triton
+from widefield import ops
+from widefield.families import _mixer
 from widefield.ops import use_backend
 
 KINDS = ("mamba", "falcon-mamba", "mamba2", "falcon-h1-norm")
@@ -142,3 +144,20 @@ def test_the_states_of_a_cache_are_its_own(ids: Tensor) -> None:
     ours(ids.flip(1), use_cache=True)
     for entry, state in zip(first.layers, before, strict=True):
         assert torch.equal(entry.recurrent_states[0], state)
+
+
+@on_triton
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("tile", [4, 64])
+def test_a_gated_norm_may_scale_rows_behind_out_proj(
+    hooked: bool, tile: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ours = pair("mamba2")
+    if hooked:
+        ours.backbone.layers[0].mixer.register_forward_hook(add_one)
+    expected = ours(ids).logits
+    monkeypatch.setattr(ops, "gates_in_the_scan", lambda *tensors: True)
+    monkeypatch.setitem(_mixer.TILE, DEVICE, tile)
+    assert relative(ours(ids).logits, expected) < 1e-5
+    with torch.inference_mode():
+        assert relative(ours(ids).logits, expected) < 1e-5

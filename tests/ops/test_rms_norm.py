@@ -226,3 +226,23 @@ def test_nothing_to_norm_has_gradients_of_nothing() -> None:
     dx, dweight = gradients(cuda.rms_norm, [x, weight])
     assert dx.shape == (0, 64)
     assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_that_is_multiplied_later_is_as_exact_as_the_reference(dtype: torch.dtype) -> None:
+    from widefield.ops.rms_norm import cuda
+
+    x, other, weight = moved(inputs(63, 96, dtype), DEVICE)
+    squares = torch.rand(2, 63, 5, device=DEVICE)
+    exact = reference.inverse_rms(squares.double(), 96, 1e-5)
+    scale = cuda.inverse_rms(squares, 96, 1e-5)
+    assert error(scale, exact) <= 2 * error(reference.inverse_rms(squares, 96, 1e-5), exact)
+    wide = moved([x, other, weight], torch.float64)
+    truth = reference.add_rms_norm(*wide, 1e-5, scale=exact)
+    call = {"scale": scale, "sum_dtype": torch.float32, "dtype": dtype}
+    same = reference.add_rms_norm(x, other, weight, 1e-5, **call)
+    ours = cuda.add_rms_norm(x, other, weight, 1e-5, **call)
+    for value, near, exactly in zip(ours, same, truth, strict=True):
+        assert value.dtype == near.dtype
+        assert error(value, exactly) <= 2 * error(near, exactly)

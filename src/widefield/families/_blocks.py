@@ -106,24 +106,30 @@ class ResidualBlock(DroppingBlock):
         if past is not None and steps_in_few_kernels(norm, self.mixer, hidden_states):
             dtype = torch.float32 if self.residual_in_fp32 else hidden_states.dtype
             return self.mixer.block_step(hidden_states, norm, past, dtype)
+        follower = self._next_norm()
+        if isinstance(turn, Turn):
+            turn.scales_later = follower is not None and is_bare(self.mixer)
         out = self.mixer(self.normed(hidden_states), cache_params=cache, attention_mask=turn)
-        follower = self.__dict__.get("_widefield_follower")
         dtype = torch.promote_types(hidden_states.dtype, out.dtype)
         dtype = torch.promote_types(dtype, torch.float32) if self.residual_in_fp32 else dtype
-        if isinstance(follower, Norm) and is_bare(follower) and self._is_followed(out):
-            return _add_and_norm(hidden_states, out, follower, dtype)
-        return hidden_states.to(dtype) + out
+        if follower is None:
+            return hidden_states.to(dtype) + out
+        scale = turn.scale if isinstance(turn, Turn) else None
+        return _add_and_norm(hidden_states, out, scale, follower, dtype)
 
-    def _is_followed(self, out: Tensor) -> bool:
-        """Whether the sum comes to the next block as it is, or the next block can tell.
+    def _next_norm(self) -> Norm | None:
+        """The norm of the next block, if the sum comes there as it is, or that block can tell.
 
         What is made in inference mode has no version to tell by: there, nobody may stand between
         the two blocks.
         """
-        if not out.is_inference():
-            return True
+        norm = self.__dict__.get("_widefield_follower")
+        if not (isinstance(norm, Norm) and is_bare(norm)):
+            return None
+        if not torch.is_inference_mode_enabled():
+            return norm
         following = self.__dict__["_widefield_next"]
-        return following is not None and is_bare(self) and is_bare(following)
+        return norm if following is not None and is_bare(self) and is_bare(following) else None
 
 
 def chain_blocks(model: nn.Module) -> None:
@@ -140,12 +146,15 @@ def chain_blocks(model: nn.Module) -> None:
                         own["_widefield_next"] = following if known else None
 
 
-def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+def _add_and_norm(
+    hidden_states: Tensor, out: Tensor, scale: Tensor | None, norm: Norm, dtype: torch.dtype
+) -> Tensor:
     """The sum, which carries its norm along to the next block."""
     width = norm.weight.dtype
     total, normed = ops.add_rms_norm(
-        hidden_states, out, norm.weight, norm.variance_epsilon, sum_dtype=dtype, dtype=width
-    )
+        hidden_states, out, norm.weight, norm.variance_epsilon,
+        scale=scale, sum_dtype=dtype, dtype=width,
+    )  # fmt: skip
     total._widefield_normed = (norm, normed, _version(total))  # type: ignore[attr-defined]
     return total
 

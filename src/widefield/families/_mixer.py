@@ -91,6 +91,8 @@ class Turn:
         dropped: whether earlier layers have dropped tokens in this forward.
         residual: (B, L, width) the block's input, where the mixer is to choose tokens and no more.
         kept: what it has chosen; None as long as more chunks are to come.
+        scales_later: whether the block multiplies the mixer's output with `scale`, if there is one.
+        scale: (B, L) float32 what the rows of the output are still to be multiplied with, or None.
     """
 
     past: LayerCache | None
@@ -99,6 +101,8 @@ class Turn:
     dropped: bool = False
     residual: Tensor | None = None
     kept: Kept | None = None
+    scales_later: bool = False
+    scale: Tensor | None = None
 
     @property
     def shortens(self) -> bool:
@@ -133,6 +137,14 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch length channels"], Tensor]:
         """What `out_proj` reads, and the state behind the last token."""
         raise NotImplementedError
+
+    def scan_unscaled(
+        self, inputs: Any, gate: Any, plan: LayerPlan | None
+    ) -> tuple[
+        Float[Tensor, "batch length channels"], Tensor, Float[Tensor, "batch length"] | None
+    ]:
+        """The same, and what the rows of `out_proj`'s output are to be multiplied with, or None."""
+        return (*self.scan(inputs, gate, plan), None)
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output for one more token a row; the states in the cache go on."""
@@ -270,15 +282,16 @@ class Mixer(nn.Module):
         parts = self._parts(hidden_states)
         if len(parts) == 1 and self._widefield.observer is None:
             return self._prefill_at_once(hidden_states, turn)
-        state, output, tile = self.state_of(turn.past), None, None
+        state, output, tile, scales = self.state_of(turn.past), None, None, []
         for tile in self._tiles(hidden_states, turn):
             inputs = tile.inputs if state is None else tile.inputs.replace(initial_state=state)
-            y, state = self.scan(inputs, tile.gate, turn.plan)
+            y, state, scale = self.scan_unscaled(inputs, tile.gate, turn.plan)
+            scales += [] if scale is None else [scale]
             output = self._write(output, y.to(hidden_states.dtype), tile.part, hidden_states)
         assert output is not None and tile is not None and state is not None
         assert turn.padding is not None
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
-        return output
+        return _scaled(output, turn, torch.cat(scales, dim=1) if scales else None)
 
     def _prefill_at_once(self, hidden_states: Tensor, turn: Turn) -> Tensor:
         """The same where one tile is all."""
@@ -289,10 +302,10 @@ class Mixer(nn.Module):
         inputs, gate, conv_state = self.read(hidden_states, conv_state, padding.valid)
         if before is not None:
             inputs = inputs.replace(initial_state=before)
-        y, state = self.scan(inputs, gate, turn.plan)
+        y, state, scale = self.scan_unscaled(inputs, gate, turn.plan)
         output = linear(self.out_proj, y if y.dtype == hidden_states.dtype else y.to(hidden_states))
         self._close(turn, conv_state, state, padding.lengths)
-        return output
+        return _scaled(output, turn, scale)
 
     def _write(
         self, output: Tensor | None, y: Tensor, part: slice, hidden_states: Tensor
@@ -301,7 +314,7 @@ class Mixer(nn.Module):
         batch, length, _ = hidden_states.shape
         if y.shape[1] == length:
             return linear(self.out_proj, y)
-        if batch == 1 and ops.runs_kernels(y) and _is_plain(self.out_proj, y):
+        if batch == 1 and ops.runs_kernels(y) and is_plain(self.out_proj, y):
             if output is None:
                 output = y.new_empty(batch, length, self.out_proj.out_features)
             _linear_into(output[0, part], y[0], self.out_proj)
@@ -410,6 +423,16 @@ def run_with(*used: str) -> Callable[..., Tensor]:
     return uncompiled(force_accelerate_hooks(list(used))(Mixer.run))
 
 
+def _scaled(output: Tensor, turn: Turn, scale: Tensor | None) -> Tensor:
+    """The output, whose rows are multiplied here or left to the block."""
+    if scale is None:
+        return output
+    if turn.scales_later:
+        turn.scale = scale
+        return output
+    return output.mul_(scale[..., None])
+
+
 def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     """Whether norm, mixer and residual of a block may be computed without calling its modules."""
     used = mixer.used_in_a_step
@@ -430,7 +453,7 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     )
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether calling the module with x is nothing but a product with its weights."""
     bare = type(module) is nn.Linear and is_bare(module)
     return bare and not torch.is_autocast_enabled(x.device.type)

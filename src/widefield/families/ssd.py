@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from widefield import ops
-from widefield.families._context import LayerCache, derived
-from widefield.families._mixer import Mixer, linear, run_with
+from widefield.families._context import LayerCache, derived, is_bare
+from widefield.families._mixer import Mixer, is_plain, linear, run_with
 from widefield.families._norms import GatedNorm, Norm
 from widefield.plan import LayerPlan, SSDInputs
 
@@ -97,6 +97,31 @@ class SSDMixer(Mixer):
         """The gated output (B, L, D), and the state (B, H, P, N) behind the last token."""
         y, state = ops.ssd(inputs, plan)
         return self.gated(y.flatten(2), gate), state
+
+    def scan_unscaled(
+        self, inputs: SSDInputs, gate: Tensor, plan: LayerPlan | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The norm's scale, one number a token, may as well be applied behind `out_proj`."""
+        norm, z = self.norm, gate.unflatten(-1, (self.num_heads, self.head_dim))
+        if not (self._scales_rows(gate) and ops.gates_in_the_scan(inputs, z, norm.weight)):
+            return super().scan_unscaled(inputs, gate, plan)
+        assert isinstance(norm, GatedNorm)
+        y, state, squares = ops.gated_ssd(inputs, z, norm.weight, plan)
+        scale = ops.inverse_rms(squares, self.intermediate_size, norm.variance_epsilon)
+        return y.flatten(2), state, scale
+
+    def _scales_rows(self, gate: Tensor) -> bool:
+        """Whether the gated norm multiplies whole rows, and nothing but a product comes behind."""
+        norm = self.norm
+        return (
+            isinstance(norm, GatedNorm)
+            and norm.groups == 1
+            and norm.gate_first
+            and type(self).gated is SSDMixer.gated
+            and is_bare(norm)
+            and is_plain(self.out_proj, gate)
+            and self.out_proj.bias is None
+        )
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, width) for one more token a row."""

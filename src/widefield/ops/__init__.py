@@ -8,9 +8,9 @@ from widefield.ops._early import overlapping
 from widefield.ops.causal_conv1d import causal_conv1d
 from widefield.ops.pool import Rows, Survivors, pool_tokens, token_score
 from widefield.ops.project import Convolution, project, projects_fast
-from widefield.ops.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
+from widefield.ops.rms_norm import add_rms_norm, gated_rms_norm, inverse_rms, rms_norm
 from widefield.ops.selective_scan import selective_scan
-from widefield.ops.ssd import ssd
+from widefield.ops.ssd import gated_ssd, gates_in_the_scan, ssd
 from widefield.ops.state_update import (
     causal_conv1d_update,
     low_rank_state_update,
@@ -28,6 +28,9 @@ __all__ = [
     "effective_delta",
     "forced_backend",
     "gated_rms_norm",
+    "gated_ssd",
+    "gates_in_the_scan",
+    "inverse_rms",
     "low_rank_state_update",
     "overlapping",
     "pool_tokens",

@@ -86,17 +86,23 @@ def _driver() -> Any:
 
 
 def source_of(path: Path) -> str:
-    """The text of a source file, with the files beside it that it includes."""
+    """The text of a source file, with the files of ours that it includes."""
     return re.sub(
-        r'^#include "([\w.]+)"$',
-        lambda found: path.with_name(found[1]).read_text("utf-8"),
+        r'^#include "([\w./]+)"$',
+        lambda found: (path.parent / found[1]).read_text("utf-8"),
         path.read_text("utf-8"),
         flags=re.MULTILINE,
     )
 
 
 def build(
-    source: Path, name: str, macros: Mapping[str, int], *, threads: int, shared: int
+    source: Path,
+    name: str,
+    macros: Mapping[str, int],
+    *,
+    threads: int,
+    shared: int,
+    only_here: bool = False,
 ) -> Kernel:
     """Compile, or find in the cache, and load on the current device.
 
@@ -106,13 +112,15 @@ def build(
         macros: what to define.
         threads: of a block.
         shared: bytes of dynamic shared memory of a block.
+        only_here: with the instructions that later GPUs do not have, like Hopper's tensor cores.
 
     Raises:
         WidefieldError: if it does not compile or load; the message holds the compiler's log.
     """
     from cuda.bindings import driver
 
-    options = [f"--gpu-architecture=sm_{_architecture(torch.cuda.current_device())}"]
+    architecture = f"sm_{_architecture(torch.cuda.current_device())}{'a' if only_here else ''}"
+    options = [f"--gpu-architecture={architecture}"]
     options += ["--std=c++17"]
     options += [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     image = _image(source_of(source), source.name, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from widefield.ops._backend import on_gpu, runs_kernels
 from widefield.ops.rms_norm import reference
 
-__all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "inverse_rms", "rms_norm"]
 
 
 def rms_norm(
@@ -41,21 +43,23 @@ def add_rms_norm(
     weight: Float[Tensor, " width"],
     eps: float,
     *,
+    scale: Float[Tensor, "*batch"] | None = None,
     sum_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
-    """The sum of x and other, and the RMS norm of that sum.
+    """The sum of x and scale · other, and the RMS norm of that sum.
 
     Args:
         x: any floating dtype, any strides.
         other: of the shape of x.
         weight: any floating dtype.
         eps: added to the mean square.
+        scale: float32, one number for each row of other; None for 1.
         sum_dtype: of the sum; None for the wider of those of x and other.
         dtype: of its norm; None for the wider of those of the sum and the weight.
     """
-    call = {"sum_dtype": sum_dtype, "dtype": dtype}
-    if runs_kernels(x, other, weight, backward=True):
+    call: dict[str, Any] = {"scale": scale, "sum_dtype": sum_dtype, "dtype": dtype}
+    if runs_kernels(x, other, weight, scale, backward=scale is None):
         return on_gpu("rms_norm").add_rms_norm(x, other, weight, eps, **call)
     return reference.add_rms_norm(x, other, weight, eps, **call)
 
@@ -87,3 +91,18 @@ def gated_rms_norm(
     else:
         run = reference.gated_rms_norm
     return run(x, gate, weight, eps, groups=groups, gate_first=gate_first)
+
+
+def inverse_rms(
+    squares: Float[Tensor, "*batch parts"], width: int, eps: float
+) -> Float[Tensor, "*batch"]:
+    """What an RMS norm multiplies its input with: 1 / √(Σ squares / width + eps).
+
+    Args:
+        squares: float32, contiguous; sums of squares of parts of each row.
+        width: how many numbers were squared in a row.
+        eps: added to the mean square.
+    """
+    if runs_kernels(squares):
+        return on_gpu("rms_norm").inverse_rms(squares, width, eps)
+    return reference.inverse_rms(squares, width, eps)

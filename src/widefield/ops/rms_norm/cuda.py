@@ -22,11 +22,11 @@ _PIECES = 8
 
 @triton.jit
 def _forward(
-    x_ptr, other_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups,
+    x_ptr, other_ptr, scale_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups,
     x_batch, x_token, other_batch, other_token,
-    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr,
-    GATE_FIRST: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    EPS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, WEIGHT: tl.constexpr,
+    GATE: tl.constexpr, GATE_FIRST: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # A row is one group of one token, in pieces of whole blocks where its width allows it. The
     # other input is what is added or the gate.
@@ -41,6 +41,8 @@ def _forward(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     values = ()
     gates = ()
+    if SCALED:
+        share = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
     for piece in tl.static_range(PIECES):
         d = piece * BLOCK + column
         mask = (row < rows)[:, None] & (d < WIDTH)[None, :]
@@ -49,6 +51,8 @@ def _forward(
             other = tl.load(other_ptr + other_row[:, None] + d[None, :], mask=mask, other=0.0)
             other = other.to(tl.float32)
             if ADD:
+                if SCALED:
+                    other *= share
                 added = (x + other).to(sum_ptr.dtype.element_ty)
                 tl.store(sum_ptr + row[:, None] * WIDTH + d[None, :], added, mask=mask)
                 x = added.to(tl.float32)
@@ -172,6 +176,33 @@ def _backward(
             tl.store(dw_ptr + spot + d, tl.sum(dweights[piece], axis=0), mask=d < WIDTH)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _inverse(
+    squares_ptr, scale_ptr, rows, width, eps,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (part < PARTS)[None, :]
+    squares = tl.load(squares_ptr + row[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / width + eps)
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+
+
+def inverse_rms(squares: Tensor, width: int, eps: float) -> Tensor:
+    """What an RMS norm multiplies its input with; the same contract as the reference."""
+    scale = torch.empty(squares.shape[:-1], dtype=torch.float32, device=squares.device)
+    parts = squares.shape[-1]
+    block = power_of_two(parts)
+    many = _floor_to_power(_NUMBERS // block, 1, 64)
+    with on_device_of(squares):
+        _inverse[(blocks(scale.numel(), many),)](
+            squares.contiguous(), scale, scale.numel(), float(width), eps,
+            PARTS=parts, BLOCK=block, ROWS=many, num_warps=4,
+        )  # fmt: skip
+    return scale
+
+
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -187,13 +218,16 @@ def add_rms_norm(
     weight: Tensor,
     eps: float,
     *,
+    scale: Tensor | None = None,
     sum_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sum and its norm on a GPU; the same contract as the reference."""
     sum_dtype = sum_dtype or torch.promote_types(x.dtype, other.dtype)
     dtype = dtype or torch.promote_types(sum_dtype, weight.dtype)
-    y, added = _differentiable(_Call(x, other, weight, eps, sum_dtype=sum_dtype), dtype)
+    scale = None if scale is None else scale.contiguous()
+    call = _Call(x, other, weight, eps, sum_dtype=sum_dtype, scale=scale)
+    y, added = _differentiable(call, dtype)
     assert added is not None
     return added, y
 
@@ -221,6 +255,7 @@ class _Call:
     weight: Tensor | None
     eps: float
     sum_dtype: torch.dtype | None = None
+    scale: Tensor | None = None
     groups: int = 1
     gate_first: bool = False
 
@@ -234,20 +269,19 @@ class _Call:
         x = _by_token(self.x)
         # Absent inputs are passed as x: their flag keeps the kernel from reading them.
         other = x if self.other is None else _by_token(self.other)
+        scale = x if self.scale is None else self.scale
         weight = x if self.weight is None else self.weight.contiguous()
         batch, length, features = x.shape
         variant, many = _variant(
-            features // self.groups, self.eps, added is not None, self.weight is not None,
-            self.gate is not None, self.gate_first,
+            features // self.groups, self.eps, added is not None, self.scale is not None,
+            self.weight is not None, self.gate is not None, self.gate_first,
         )  # fmt: skip
         rows = batch * length * self.groups
         strides, others = x.stride(), other.stride()
         numbers = (rows, length, self.groups, strides[0], strides[1], others[0], others[1])
         with on_device_of(y):
-            variant.launch(
-                (blocks(rows, many), 1, 1), (x, other, weight, x if added is None else added, y),
-                numbers,
-            )  # fmt: skip
+            tensors = (x, other, scale, weight, x if added is None else added, y)
+            variant.launch((blocks(rows, many), 1, 1), tensors, numbers)
         return y, added
 
     @property
@@ -320,13 +354,13 @@ def _differentiable(call: _Call, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 
 @functools.lru_cache(maxsize=256)
 def _variant(
-    width: int, eps: float, add: bool, weight: bool, gate: bool, gate_first: bool
+    width: int, eps: float, add: bool, scaled: bool, weight: bool, gate: bool, gate_first: bool
 ) -> tuple[Variant, int]:
     """The kernel for one kind of call, and the rows that a program of it takes."""
     block, pieces, rows, warps = _layout(width)
     constants = {
-        "EPS": eps, "ADD": add, "WEIGHT": weight, "GATE": gate, "GATE_FIRST": gate_first,
-        "WIDTH": width, "PIECES": pieces, "BLOCK": block, "ROWS": rows,
+        "EPS": eps, "ADD": add, "SCALED": scaled, "WEIGHT": weight, "GATE": gate,
+        "GATE_FIRST": gate_first, "WIDTH": width, "PIECES": pieces, "BLOCK": block, "ROWS": rows,
     }  # fmt: skip
     return Variant(_forward, constants, num_warps=warps), rows
 

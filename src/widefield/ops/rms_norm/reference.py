@@ -27,10 +27,13 @@ def add_rms_norm(
     weight: Float[Tensor, " width"],
     eps: float,
     *,
+    scale: Float[Tensor, "*batch"] | None = None,
     sum_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*batch width"], Float[Tensor, "*batch width"]]:
     """A sum and its norm; see `widefield.ops.add_rms_norm`."""
+    if scale is not None:
+        other = (other * scale[..., None]).to(other.dtype)
     added = (x if sum_dtype is None else x.to(sum_dtype)) + other
     added = added if sum_dtype is None else added.to(sum_dtype)
     return added, rms_norm(added, weight, eps, dtype=dtype)
@@ -53,6 +56,13 @@ def gated_rms_norm(
     if gate_first:
         return weight * wide.to(x.dtype)
     return (weight * wide * opening).to(torch.promote_types(x.dtype, weight.dtype))
+
+
+def inverse_rms(
+    squares: Float[Tensor, "*batch parts"], width: int, eps: float
+) -> Float[Tensor, "*batch"]:
+    """1 / √(mean square + eps); see `widefield.ops.inverse_rms`."""
+    return torch.rsqrt(squares.sum(-1) / width + eps)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from widefield.ops.ssd import _gradients as gradients
 from widefield.ops.ssd import _triton as kernels
+from widefield.ops.ssd import native
 from widefield.plan import LayerPlan, SSDInputs
 
 CHUNK = 64
@@ -258,6 +259,32 @@ class _Call:
         return local, kept
 
 
+def _run(
+    inputs: SSDInputs, plan: LayerPlan, gate: native.Gate | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the final state, and with a gate the sums of squares."""
+    if not native.supports(inputs, None if gate is None else gate.z):
+        return (*_forward(_Call.of(inputs, plan)), None)
+    batch, length, heads, width = inputs.x.shape
+    blocks = batch * heads * _parts(width, 64) // native.COLUMNS
+    together = native.BLOCKS * _processors(inputs.x.device)
+    segment = native.segment_of(together, blocks, length)
+    return _on_tensor_cores(_Call.of(inputs, plan, segment), gate)
+
+
+def _on_tensor_cores(call: _Call, gate: native.Gate | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, B, cut = call.x, call.B, call.cut
+    batch, length, heads, width = x.shape
+    final = call.empty(cut.sequences, heads, width, B.shape[3])
+    made = [call.empty(batch, heads, length) for _ in range(3)]
+    with torch.cuda.device_of(x):
+        call.run_deltas(made)
+        states, kept = call.segment_states(x, B, made, backward=False)
+        _pass(call, states, kept, call.initial, final, backward=False)
+        y, squares = native.outputs(call.inputs, made, states, cut.segment, gate)
+    return y, final, squares
+
+
 def _forward(call: _Call) -> tuple[Tensor, Tensor]:
     x, B, C = call.x, call.B, call.C
     batch, length, heads, width = x.shape
@@ -450,7 +477,8 @@ class _SSD(torch.autograd.Function):
             ctx.save_for_backward(*saved)
             ctx.plan = plan
             ctx.options = (inputs.delta_softplus, inputs.delta_limit)
-        return _forward(_Call.of(inputs, plan))
+        y, final, _ = _run(inputs, plan)
+        return y, final
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -489,7 +517,32 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
     )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         return _SSD.apply(*leaves, inputs, plan)
-    return _forward(_Call.of(inputs, plan))
+    y, final, _ = _run(inputs, plan)
+    return y, final
+
+
+def gates(inputs: SSDInputs, z: Tensor) -> bool:
+    """Whether `gated_ssd` can run these."""
+    return native.supports(inputs, z)
+
+
+def gated_ssd(
+    inputs: SSDInputs, z: Tensor, gain: Tensor, plan: LayerPlan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan and what its output passes through; the same contract as the reference.
+
+    Args:
+        inputs: what the scan reads, such that `gates` is true.
+        z: (B, L, H, P) the gate before its silu.
+        gain: (H · P,).
+        plan: what a method asks of this layer, or None.
+
+    Returns:
+        y · silu(z) · gain, the final state, and sums of squares of y · silu(z) (B, L, parts).
+    """
+    y, final, squares = _run(inputs, plan or LayerPlan(), native.Gate(z, gain))
+    assert squares is not None
+    return y, final, squares
 
 
 _MOST_SEGMENTS = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,3 +56,14 @@ def ssd(
     if inputs.valid is not None:
         y = y.masked_fill(~inputs.valid[..., None, None], 0.0)
     return y.to(inputs.x.dtype), state
+
+
+def gated(
+    y: Float[Tensor, "batch length heads width"],
+    z: Float[Tensor, "batch length heads width"],
+    gain: Float[Tensor, " channels"],
+) -> tuple[Float[Tensor, "batch length heads width"], Float[Tensor, "batch length parts"]]:
+    """What a gate leaves of y, and sums of squares of each head; see `gated_ssd`."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    wide = y.to(dtype) * F.silu(z.to(dtype))
+    return (wide * gain.to(dtype).view(y.shape[2:])).to(y.dtype), wide.square().sum(-1)

@@ -1,0 +1,181 @@
+"""The y of Mamba-2's scan in CUDA C++, for Hopper's tensor cores: its variants and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.ops import _nvrtc
+from widefield.ops._backend import wants_cuda_cpp
+from widefield.plan import SSDInputs
+
+__all__ = ["Gate", "outputs", "segment_of", "supports"]
+
+_SOURCE = Path(__file__).with_name("outputs.cu")
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WIDTH = 64  # channels of a warpgroup
+_CHUNK = 64  # tokens
+_TILE = _CHUNK * 128  # bytes
+_MOST_SEGMENTS = 64
+COLUMNS = 1
+BLOCKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What y passes through.
+
+    Attributes:
+        z: (B, L, H, P) of the dtype of x; y is multiplied by its silu.
+        gain: (H · P,) multiplies that, behind the sums of squares.
+    """
+
+    z: Tensor
+    gain: Tensor
+
+
+class _Parameters(ctypes.Structure):
+    """The kernel's struct of the same name."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "x", "B", "C", "z", "skip", "gain", "delta", "sums", "states", "y", "squares",
+        )),
+        *((f"{name}_{step}", ctypes.c_longlong) for name in ("x", "B", "C", "z")
+          for step in ("row", "token", "head")),
+        ("length", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("segment", "slots", "heads", "share")),
+    )  # fmt: skip
+
+
+def supports(inputs: SSDInputs, z: Tensor | None = None) -> bool:
+    """Whether this kernel can make y."""
+    x, B, C = inputs.x, inputs.B, inputs.C
+    if inputs.valid is not None or inputs.cu_seqlens is not None or not x.is_cuda:
+        return False
+    large = [x, B, C] if z is None else [x, B, C, z]
+    return (
+        x.numel() > 0
+        and x.shape[3] % _WIDTH == 0
+        and B.shape[3] in (64, 128)
+        and x.shape[0] < 1 << 16
+        and all(t.dtype == torch.bfloat16 and _is_aligned(t) for t in large)
+        and (inputs.D is None or inputs.D.dtype in _KINDS)
+        and wants_cuda_cpp()
+        and _has_tensor_cores(x.device.index)
+    )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether 8 numbers can be read at once wherever they begin, with 32 bits within a chunk."""
+    *outer, last = tensor.stride()
+    return (
+        last == 1
+        and all(stride % 8 == 0 for stride in outer)
+        and tensor.data_ptr() % 16 == 0
+        and outer[1] < 1 << 22
+    )
+
+
+@functools.cache
+def _has_tensor_cores(device: int) -> bool:
+    """Whether its tensor cores are Hopper's."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and _nvrtc.available(device)
+
+
+@functools.lru_cache(maxsize=256)
+def segment_of(processors: int, blocks: int, length: int) -> int:
+    """Tokens of a segment, so that the blocks of all segments fill the processors evenly.
+
+    Args:
+        processors: blocks that run at the same time.
+        blocks: of a segment.
+        length: tokens of a row.
+    """
+    chunks = -(-length // _CHUNK)
+
+    def cost(slots: int) -> float:
+        # To begin and to end a segment takes about as long as a chunk and a half.
+        return -(-blocks * slots // processors) * (-(-chunks // slots) + 1.5)
+
+    slots = min(range(1, min(_MOST_SEGMENTS, chunks) + 1), key=cost)
+    return _CHUNK * -(-chunks // slots)
+
+
+def outputs(
+    inputs: SSDInputs,
+    made: Sequence[Tensor],
+    states: Tensor,
+    segment: int,
+    gate: Gate | None,
+    columns: int = COLUMNS,
+) -> tuple[Tensor, Tensor | None]:
+    """Run it.
+
+    Args:
+        inputs: what the scan reads.
+        made: Δ and the sums of logarithms of decays since each chunk's start, (B, H, L), float32.
+        states: (B, segments, H, P, N) float32 in front of each segment.
+        segment: tokens of a segment.
+        gate: what y passes through, or None.
+        columns: warpgroups of a block.
+
+    Returns:
+        y, and with a gate the sums of squares (B, L, parts).
+    """
+    x, B, C = inputs.x, inputs.B, inputs.C
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    split = width // _WIDTH
+    skip = None if inputs.D is None else inputs.D.contiguous()
+    z, gain = (None, None) if gate is None else (gate.z, gate.gain.contiguous())
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    squares = None
+    if gate is not None:
+        shape = (batch, length, heads * split)
+        squares = torch.empty(shape, dtype=torch.float32, device=x.device)
+    kernel = _kernel(x.device.index, size, columns, split, _kind(skip), _kind(gain))
+    slots = states.shape[1]
+    pointers = (x, B, C, z, skip, gain, *made[:2], states, y, squares)
+    kernel.launch(
+        (heads * split // columns, slots, batch),
+        _Parameters(
+            *(0 if t is None else t.data_ptr() for t in pointers),
+            *(2 * stride for t in (x, B, C, z) for stride in _outer(t)),
+            *(length, segment, slots, heads, heads // groups),
+        ),
+    )
+    return y, squares
+
+
+def _kind(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else _KINDS[tensor.dtype]
+
+
+def _outer(tensor: Tensor | None) -> Any:
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+
+
+@functools.cache
+def _kernel(
+    device: int | None, states: int, columns: int, split: int, skip: int | None, gain: int | None
+) -> _nvrtc.Kernel:
+    """One variant, compiled and loaded on the current device."""
+    halves, gated = states // 64, gain is not None
+    stage = _TILE * (2 * halves + (1 + gated) * columns)
+    macros = {
+        "STATES": states, "COLUMNS": columns, "SPLIT": split,
+        "HAS_SKIP": skip is not None, "SKIP_KIND": skip or 0,
+        "HAS_GATE": gated, "GAIN_KIND": gain or 0,
+    }  # fmt: skip
+    shared = 2 * stage + (_TILE * halves + 4 * 4 * _CHUNK) * columns
+    return _nvrtc.build(
+        _SOURCE, "ssd_outputs", macros, threads=128 * columns, shared=shared, only_here=True
+    )

@@ -1,0 +1,503 @@
+// The y of Mamba-2's scan on Hopper's tensor cores, gated where a gate is given.
+//
+// A warpgroup (128 threads) walks through one segment of 64 channels of one head, with their state
+// (64 x STATES) in registers, in chunks of 64 tokens; the COLUMNS warpgroups of a block share B and
+// C. Everything else of a chunk arrives in shared memory while the chunk before it is computed. For
+// a chunk:
+//
+//   scores = C Bᵀ                     tokens that read x tokens that are read
+//   y      = C stateᵀ                 both start at once; under them run the scaling of the state
+//                                     and Δ·x with its decay to the chunk's end
+//   y      = decays·y + (decays·Δ·scores) x
+//   state  = decay·state + (Δ·decays·x)ᵀ B     under this: skip, gate, sums of squares, y to memory
+//
+// Everything in shared memory is bfloat16, in rows of 64 numbers whose pieces of 16 bytes are
+// exchanged as the tensor cores want it (swizzle of 128 bytes).
+//
+//   STATES    64 or 128
+//   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
+//   SPLIT     how many warpgroups share the channels of a head
+//   HAS_SKIP  0 or 1
+//   SKIP_KIND GAIN_KIND  see numbers.cuh
+//   HAS_GATE  1: y = (y + D·x) silu(z) gain, and the sums of squares before the gain
+
+#define EXACT 0
+#include "../selective_scan/numbers.cuh"
+
+constexpr int CHUNK = 64;
+constexpr int ROW = 128;                  // bytes of a row of 64 numbers
+constexpr int TILE = CHUNK * ROW;         // bytes of 64 such rows
+constexpr int HALVES = STATES / 64;
+constexpr int THREADS = 128 * COLUMNS;
+constexpr int STAGE = TILE * (2 * HALVES + (1 + HAS_GATE) * COLUMNS);
+constexpr int STATE = 2 * STAGE;          // where the copies of the states begin
+constexpr int VECTORS = STATE + TILE * HALVES * COLUMNS;
+constexpr int FLOATS = 4 * CHUNK;         // of a warpgroup: see Walk::spread
+
+struct Parameters {
+    const void *x, *B, *C, *z, *skip, *gain;
+    const float *delta, *sums, *states;
+    void* y;
+    float* squares;
+    i64 x_row, x_token, x_head, B_row, B_token, B_group, C_row, C_token, C_group, z_row, z_token,
+        z_head;  // strides in bytes
+    i64 length;
+    int segment, slots, heads, share;
+};
+
+// ---- PTX ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_base() {
+    extern __shared__ __align__(1024) u8 memory[];
+    return static_cast<u32>(__cvta_generic_to_shared(memory));
+}
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+// What threads have written becomes visible to the tensor cores, behind the next barrier.
+__device__ __forceinline__ void publish() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void meet_group(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+__device__ __forceinline__ u32 read_word(u32 from) {
+    u32 r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ float read_float(u32 from) {
+    return __uint_as_float(read_word(from));
+}
+__device__ __forceinline__ float2 read_pair(u32 from) {
+    float2 r;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ uint4 read_piece(u32 from) {
+    uint4 r;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "r"(from)
+                 : "memory");
+    return r;
+}
+__device__ __forceinline__ void write_float(u32 to, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+// Four matrices of 8 x 8 numbers; a lane gives the address of a row of one of them.
+__device__ __forceinline__ void read_turned(u32 (&r)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ void read_matrices(u32 (&r)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ void write_matrices(u32 row, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void products_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until all but LEFT of the committed products are there.
+template <int LEFT>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// The compiler must not use them earlier, nor change them later, than where this stands.
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define D8(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D32(d) D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24)
+#define N32                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "  \
+    "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
+// d (+)= a b of 64 x 16 and 16 x 64; rows of a and columns of b lie along memory.
+__device__ __forceinline__ void multiply_tiles(float (&d)[32], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " N32
+        ", %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : D32(d)
+        : "l"(a), "l"(b), "r"(add));
+}
+// d (+)= a b of 64 x 16 (in registers) and 16 x 64; rows of b lie along memory.
+__device__ __forceinline__ void multiply_turned(float (&d)[32], const u32* a, u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " N32
+        ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : D32(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+// The same for 16 x 128 numbers of b.
+__device__ __forceinline__ void multiply_turned(float (&d)[64], const u32* a, u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : D32(d), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+// ---- places ---------------------------------------------------------------------------------------
+
+// Of a piece of 16 bytes in a tile of rows of 128.
+__device__ __forceinline__ u32 spot(int row, int piece) {
+    return row * ROW + ((piece ^ (row & 7)) << 4);
+}
+
+// How the tensor cores find a tile: 8 rows are 1,024 bytes, tiles side by side are TILE bytes apart.
+__device__ __forceinline__ u64 described(u32 tile) {
+    return static_cast<u64>((tile & 0x3ffff) >> 4) | static_cast<u64>(TILE >> 4) << 16 |
+           static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// ---- a block --------------------------------------------------------------------------------------
+
+struct Walk {
+    const Parameters& p;
+    u32 base;
+    int thread, group, warp, lane;  // thread and warp of the warpgroup
+    i64 row, head;
+    int channel, slot, count;       // first channel of the head; tokens of the segment
+    const u8 *x, *z, *B, *C;        // of the segment
+    const float *delta, *sums;
+    float sum_next, delta_next, total_next;
+
+    __device__ __forceinline__ Walk(const Parameters& q) : p(q) {
+        base = shared_base();
+        thread = threadIdx.x % 128, group = threadIdx.x / 128;
+        warp = thread / 32, lane = thread % 32;
+        int column = blockIdx.x * COLUMNS + group;
+        head = column / SPLIT, channel = column % SPLIT * 64;
+        slot = blockIdx.y, row = blockIdx.z;
+        i64 begin = static_cast<i64>(slot) * p.segment;
+        i64 left = p.length - begin;
+        count = left < p.segment ? static_cast<int>(left) : p.segment;
+        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head + begin * p.x_token + 2 * channel;
+        if (HAS_GATE)
+            z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head + begin * p.z_token + 2 * channel;
+        i64 of = blockIdx.x * COLUMNS / SPLIT / p.share;
+        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + begin * p.B_token;
+        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + begin * p.C_token;
+        delta = p.delta + (row * p.heads + head) * p.length + begin;
+        sums = p.sums + (row * p.heads + head) * p.length + begin;
+    }
+    __device__ __forceinline__ u32 b_tile(int stage) const { return base + stage * STAGE; }
+    __device__ __forceinline__ u32 c_tile(int stage) const { return b_tile(stage) + TILE * HALVES; }
+    __device__ __forceinline__ u32 x_tile(int stage) const {
+        return b_tile(stage) + TILE * (2 * HALVES + group);
+    }
+    __device__ __forceinline__ u32 z_tile(int stage) const { return x_tile(stage) + TILE * COLUMNS; }
+    __device__ __forceinline__ u32 state_tile() const { return base + STATE + TILE * HALVES * group; }
+    __device__ __forceinline__ u32 vector(int which) const {
+        return base + VECTORS + 4 * (FLOATS * group + CHUNK * which);
+    }
+
+    // Of a tile of tokens and so many pieces each, in turns of STEP threads. Rows behind the last token
+    // are that token's; their Δ is 0.
+    template <bool WHOLE, int PIECES, int STEP>
+    __device__ __forceinline__ void fetch_tile(u32 to, const u8* from, i64 token, int first, int self,
+                                               int left) const {
+        constexpr int ROWS = STEP / PIECES;  // a multiple of 8: pieces stay where they are in a row
+        static_assert(STEP % PIECES == 0 && ROWS % 8 == 0, "turns do not fit");
+        int t = self / PIECES, piece = self % PIECES;
+        to += TILE * (piece / 8) + spot(t, piece % 8);
+        from += first * token + piece * 16;
+#pragma unroll
+        for (int turn = 0; turn < (CHUNK + ROWS - 1) / ROWS; turn++, t += ROWS) {
+            if (CHUNK % ROWS != 0 && t >= CHUNK) break;
+            i64 there = WHOLE ? t : min(t, left - 1);
+            copy16(to + turn * ROWS * ROW, from + there * static_cast<int>(token));
+        }
+    }
+    template <bool WHOLE>
+    __device__ __forceinline__ void fetch_tiles(int first, int stage, int left) const {
+        constexpr int PIECES = 8 * HALVES;
+        fetch_tile<WHOLE, PIECES, THREADS>(b_tile(stage), B, p.B_token, first, threadIdx.x, left);
+        fetch_tile<WHOLE, PIECES, THREADS>(c_tile(stage), C, p.C_token, first, threadIdx.x, left);
+        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, first, thread, left);
+        if (HAS_GATE) fetch_tile<WHOLE, 8, 128>(z_tile(stage), z, p.z_token, first, thread, left);
+    }
+    // What a chunk needs, into a stage; its vectors into registers.
+    __device__ __forceinline__ void fetch(int first, int stage) {
+        int left = count - first;
+        if (left > 0) {
+            if (left >= CHUNK)
+                fetch_tiles<true>(first, stage, left);
+            else
+                fetch_tiles<false>(first, stage, left);
+            bool inside = thread < left && thread < CHUNK;
+            sum_next = inside ? sums[first + thread] : 0.0f;
+            delta_next = inside ? delta[first + thread] : 0.0f;
+            total_next = sums[first + min(left, CHUNK) - 1];
+        }
+        copies_commit();
+    }
+    // The fetched vectors, where the whole warpgroup reads them: sums; Δ; Δ with the decay to the end
+    // of the chunk; Δ with the decay to the end of 16 tokens.
+    __device__ __forceinline__ void spread() const {
+        float near = __shfl_sync(~0u, sum_next, lane | 15);
+        if (thread < CHUNK) {
+            write_float(vector(0) + 4 * thread, sum_next);
+            write_float(vector(1) + 4 * thread, delta_next);
+            write_float(vector(2) + 4 * thread, delta_next * exp2_fast(total_next - sum_next));
+            write_float(vector(3) + 4 * thread, delta_next * exp2_fast(near - sum_next));
+        }
+    }
+    __device__ __forceinline__ const float* state_before() const {
+        i64 at = (row * p.slots + slot) * p.heads + head;
+        return p.states + (at * SPLIT * 64 + channel) * STATES;
+    }
+    // A lane's rows of any product are 16 warp + lane / 4 and 8 further, its columns 8 q and up.
+    __device__ __forceinline__ int my_row() const { return 16 * warp + lane / 4; }
+    __device__ __forceinline__ int my_column() const { return lane % 4 * 2; }
+
+    __device__ __forceinline__ void load_state(float (&state)[32 * HALVES]) const {
+        const float* from = state_before() + my_row() * STATES + my_column();
+#pragma unroll
+        for (int q = 0; q < 8 * HALVES; q++) {
+            float2 upper = *reinterpret_cast<const float2*>(from + 8 * q);
+            float2 lower = *reinterpret_cast<const float2*>(from + 8 * q + 8 * STATES);
+            state[4 * q] = upper.x, state[4 * q + 1] = upper.y;
+            state[4 * q + 2] = lower.x, state[4 * q + 3] = lower.y;
+        }
+    }
+    // Where a lane writes its part of four matrices: 16 rows of its warp, pieces q and q + 1.
+    __device__ __forceinline__ u32 corner(int q) const {
+        return spot(16 * warp + lane % 16, lane / 16) ^ q << 4;  // q is even
+    }
+    template <int N>
+    __device__ __forceinline__ void store_tile(u32 to, const float (&d)[N]) const {
+#pragma unroll
+        for (int q = 0; q < N / 4; q += 2) {
+            const float* v = d + 4 * q;
+            write_matrices(to + TILE * (q / 8) + corner(q % 8), pack_bfloat16(v[0], v[1]),
+                           pack_bfloat16(v[2], v[3]), pack_bfloat16(v[4], v[5]),
+                           pack_bfloat16(v[6], v[7]));
+        }
+    }
+    // Δ·x with its decay to the chunk's end, turned: channels x tokens, as products read it.
+    __device__ __forceinline__ void weigh(u32 (&written)[16], int stage) const {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u32 part[4];
+            // Matrices: tokens 16 k and up, channels 16 warp and up; then 8 channels further; then
+            // both 8 tokens further.
+            int t = 16 * k + lane % 8 + lane / 16 * 8;
+            read_turned(part, x_tile(stage) + spot(t, 2 * warp + lane / 8 % 2));
+            float2 early = read_pair(vector(2) + 4 * (16 * k + my_column()));
+            float2 late = read_pair(vector(2) + 4 * (16 * k + 8 + my_column()));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 w = i < 2 ? early : late;
+                written[4 * k + i] = pack_bfloat16(low(part[i]) * w.x, high(part[i]) * w.y);
+            }
+        }
+    }
+    // The scores become what multiplies x: with decays and Δ, and 0 for tokens that come later. From
+    // 16 tokens to later ones the decay is that to the end of the 16 times that from there.
+    __device__ __forceinline__ void decay(u32 (&weights)[16], const float (&scores)[32], float upper,
+                                          float lower) const {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u32* to = weights + 4 * k;
+            const float* v = scores + 8 * k;
+            if (k < warp) {
+                float end = read_float(vector(0) + 4 * (16 * k + 15));
+                float above = exp2_fast(upper - end), below = exp2_fast(lower - end);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float2 w = read_pair(vector(3) + 4 * (16 * k + 8 * h + my_column()));
+                    const float* u = v + 4 * h;
+                    to[2 * h] = pack_bfloat16(u[0] * (above * w.x), u[1] * (above * w.y));
+                    to[2 * h + 1] = pack_bfloat16(u[2] * (below * w.x), u[3] * (below * w.y));
+                }
+            } else if (k == warp) {
+                int i = lane / 4, j = my_column();
+                to[0] = both(v, upper, k, 0, j <= i, j < i);
+                to[1] = both(v + 2, lower, k, 0, true, true);
+                to[2] = 0;
+                to[3] = both(v + 6, lower, k, 8, j <= i, j < i);
+            } else {
+                to[0] = to[1] = to[2] = to[3] = 0;
+            }
+        }
+    }
+    __device__ __forceinline__ u32 both(const float* score, float sum, int k, int further, bool first,
+                                        bool second) const {
+        int j = 16 * k + further + my_column();
+        float2 s = read_pair(vector(0) + 4 * j), d = read_pair(vector(1) + 4 * j);
+        float a = score[0] * (exp2_fast(sum - s.x) * d.x);
+        float b = score[1] * (exp2_fast(sum - s.y) * d.y);
+        return pack_bfloat16(first ? a : 0.0f, second ? b : 0.0f);
+    }
+    __device__ __forceinline__ void add_skip(float (&y)[32], int stage, float skip) const {
+#pragma unroll
+        for (int q = 0; q < 8; q += 2) {
+            u32 pairs[4];
+            read_matrices(pairs, x_tile(stage) + corner(q));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                y[4 * q + 2 * i] = fmaf(low(pairs[i]), skip, y[4 * q + 2 * i]);
+                y[4 * q + 2 * i + 1] = fmaf(high(pairs[i]), skip, y[4 * q + 2 * i + 1]);
+            }
+        }
+    }
+    __device__ __forceinline__ float2 gain_at(int further) const {
+        i64 at = head * SPLIT * 64 + channel + further + my_column();
+        return make_float2(number_at<GAIN_KIND>(p.gain, at), number_at<GAIN_KIND>(p.gain, at + 1));
+    }
+    static __device__ __forceinline__ float gated(float y, float z) {
+        return y * (z * reciprocal(1.0f + exp2_fast(-LOG2E * z)));
+    }
+    // Behind the gate, times the gain; and the sums of squares before that.
+    __device__ __forceinline__ void gate(float (&y)[32], int stage, int first) const {
+        float square[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int q = 0; q < 8; q += 2) {
+            u32 pairs[4];
+            read_matrices(pairs, z_tile(stage) + corner(q));
+            float2 gain[2] = {gain_at(8 * q), gain_at(8 * q + 8)};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float* v = y + 4 * q + 2 * i;
+                float a = gated(v[0], low(pairs[i])), b = gated(v[1], high(pairs[i]));
+                square[i % 2] = fmaf(a, a, fmaf(b, b, square[i % 2]));
+                v[0] = a * gain[i / 2].x, v[1] = b * gain[i / 2].y;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            square[h] += __shfl_xor_sync(~0u, square[h], 1);
+            square[h] += __shfl_xor_sync(~0u, square[h], 2);
+            int t = first + my_row() + 8 * h;
+            i64 token = row * p.length + static_cast<i64>(slot) * p.segment + t;
+            i64 at = token * p.heads * SPLIT + blockIdx.x * COLUMNS + group;
+            if (lane % 4 == 0 && t < count) p.squares[at] = square[h];
+        }
+    }
+    // Through the warp's own rows of a tile, so that whole rows go to memory.
+    __device__ __forceinline__ void store_y(const float (&y)[32], u32 tile, int first) const {
+        __syncwarp();
+        store_tile(tile, y);
+        __syncwarp();
+        i64 width = SPLIT * 64, token = static_cast<i64>(slot) * p.segment + first;
+        u16* to = static_cast<u16*>(p.y) + ((row * p.length + token) * p.heads + head) * width + channel;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int t = 16 * warp + 4 * i + lane / 8, piece = lane % 8;
+            uint4 v = read_piece(tile + spot(t, piece));
+            if (first + t < count)
+                *reinterpret_cast<uint4*>(to + t * p.heads * width + piece * 8) = v;
+        }
+    }
+};
+
+template <int N>
+__device__ __forceinline__ void scale(float (&d)[N], float by) {
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] *= by;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
+    ssd_outputs(const __grid_constant__ Parameters p) {
+    Walk walk(p);
+    float state[32 * HALVES];
+    float skip = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, walk.head) : 0.0f;
+    walk.fetch(0, 0);
+    walk.load_state(state);
+    walk.store_tile(walk.state_tile(), state);
+    scale(state, exp2_fast(walk.total_next));
+    for (int first = 0, stage = 0; first < walk.count; first += CHUNK, stage ^= 1) {
+        float scores[32], y[32];
+        u32 written[16], weights[16];
+        copies_wait();
+        walk.spread();
+        publish();
+        __syncthreads();
+        walk.fetch(first + CHUNK, stage ^ 1);
+
+        u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
+        u64 x = described(walk.x_tile(stage)), s = described(walk.state_tile());
+        pin(scores), pin(y);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4 * HALVES; k++) {
+            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
+            multiply_tiles(scores, c + at, b + at, k > 0);
+        }
+        products_commit();
+#pragma unroll
+        for (int k = 0; k < 4 * HALVES; k++) {
+            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
+            multiply_tiles(y, c + at, s + at, k > 0);
+        }
+        products_commit();
+
+        walk.weigh(written, stage);
+        pin(state);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply_turned(state, written + 4 * k, b + (k * 16 * ROW >> 4), 1);
+        products_commit();
+
+        float upper = read_float(walk.vector(0) + 4 * walk.my_row());
+        float lower = read_float(walk.vector(0) + 4 * walk.my_row() + 32);
+        products_wait<2>();
+        pin(scores);
+        walk.decay(weights, scores, upper, lower);
+        pin(scores);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply_turned(scores, weights + 4 * k, x + (k * 16 * ROW >> 4), k);
+        products_commit();
+
+        products_wait<1>();
+        pin(state), pin(y);
+        meet_group(walk.group);
+        walk.store_tile(walk.state_tile(), state);
+        scale(state, exp2_fast(walk.total_next));
+        float fall[2] = {exp2_fast(upper), exp2_fast(lower)};
+        products_wait<0>();
+        pin(scores);
+#pragma unroll
+        for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], fall[i / 2 % 2], scores[i]);
+        if (HAS_SKIP) walk.add_skip(y, stage, skip);
+        if (HAS_GATE) walk.gate(y, stage, first);
+        if (!HAS_GATE) meet_group(walk.group);
+        walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
+    }
+}

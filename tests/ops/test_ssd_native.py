@@ -1,0 +1,235 @@
+"""The y of Mamba-2's scan in CUDA C++: in the emulator, and the whole scan on a Hopper GPU."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import emulated_cuda, emulated_ssd
+from tests.ops.cases import DELTAS, ssd_inputs
+from widefield import ops
+from widefield.ops import _nvrtc
+from widefield.ops._delta import effective_delta
+from widefield.ops.ssd import chunked, native, reference
+from widefield.plan import LayerPlan, SSDInputs
+
+ON_HOPPER = torch.cuda.is_available() and native._has_tensor_cores(0)
+LOG2E = 1.4426950408889634
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulated(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if emulated_cuda.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(_nvrtc, "build", partial(emulated_ssd.build, folder=compiled))
+    native._kernel.cache_clear()
+    yield
+    native._kernel.cache_clear()
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """New memory is NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def wide(inputs: SSDInputs) -> SSDInputs:
+    """In float64."""
+    tensors = {
+        name: value.double()
+        for name in ("x", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+        if (value := getattr(inputs, name)) is not None
+    }
+    return inputs.replace(**tensors)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def strided(inputs: SSDInputs) -> SSDInputs:
+    """x, B and C as parts of one tensor, as a mixer has them."""
+    names = ("x", "B", "C")
+    parts = [getattr(inputs, name) for name in names]
+    joined = torch.cat([part.flatten(2) for part in parts], dim=-1)
+    pieces = joined.split([part.flatten(2).shape[-1] for part in parts], dim=-1)
+    shaped = (p.unflatten(-1, q.shape[2:]) for p, q in zip(pieces, parts, strict=True))
+    return inputs.replace(**dict(zip(names, shaped, strict=True)))
+
+
+def prepared(inputs: SSDInputs, segment: int) -> tuple[list[Tensor], Tensor]:
+    """What the kernels before this one leave: Δ, sums of decays, states in front of segments."""
+    delta = effective_delta(wide(inputs), None)
+    logs = delta * inputs.A.double() * LOG2E
+    starts = range(0, logs.shape[1], segment)
+    sums = [c.cumsum(1) for s in starts for c in logs[:, s : s + segment].split(64, 1)]
+    made = [t.transpose(1, 2).float().contiguous() for t in (delta, torch.cat(sums, 1))]
+    states = [inputs.initial_state.double()] if inputs.initial_state is not None else []
+    for start in starts:
+        part = slice(start, start + segment)
+        pieces = {n: getattr(wide(inputs), n)[:, part] for n in ("x", "delta", "B", "C")}
+        before = states[-1] if states else None
+        whole = wide(inputs).replace(**pieces, initial_state=before)
+        after = reference.ssd(whole)[1]
+        states += [after] if states else [torch.zeros_like(after), after]
+    return made, torch.stack(states[:-1], 1).float().contiguous()
+
+
+def normed(y: Tensor, squares: Tensor) -> Tensor:
+    """What the gated norm makes of y in the end."""
+    width = y.shape[2] * y.shape[3]
+    scale = torch.rsqrt(squares.double().sum(-1) / width + 1e-5)
+    return y.double() * scale[..., None, None]
+
+
+def assert_y_is_exact(
+    inputs: SSDInputs, gate: native.Gate | None, segment: int, columns: int
+) -> None:
+    made, states = prepared(inputs, segment)
+    y, squares = native.outputs(inputs, made, states, segment, gate, columns)
+    truth, _ = reference.ssd(wide(inputs))
+    same, _ = reference.ssd(inputs)
+    if gate is not None:
+        same, near = reference.gated(same, gate.z, gate.gain)
+        truth, exact = reference.gated(truth, gate.z.double(), gate.gain.double())
+        assert squares is not None
+        assert error(normed(y, squares), normed(truth, exact)) <= 2 * error(
+            normed(same, near), normed(truth, exact)
+        )
+    assert error(y, truth) <= 2 * error(same, truth)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+@pytest.mark.parametrize(
+    ("shape", "segment", "columns"),
+    [
+        # batch, length, heads, channels, groups, states
+        ((1, 64, 2, 64, 1, 128), 64, 1),
+        ((2, 100, 2, 64, 1, 128), 64, 2),
+        ((1, 150, 4, 128, 2, 64), 128, 2),
+        ((2, 1, 3, 64, 3, 64), 64, 1),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_variant_is_right_in_the_emulator(
+    shape: tuple[int, ...], segment: int, columns: int, gated: bool
+) -> None:
+    torch.manual_seed(0)
+    inputs = strided(ssd_inputs(*shape, dtype=torch.bfloat16))
+    gate = None
+    if gated:
+        z = torch.randn(inputs.x.shape).bfloat16()
+        gate = native.Gate(z, torch.rand(shape[2] * shape[3]).bfloat16())
+    else:
+        inputs = inputs.replace(D=None, initial_state=None)
+    assert_y_is_exact(inputs, gate, segment, columns)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+@pytest.mark.parametrize("delta", DELTAS)
+def test_any_delta_is_right_in_the_emulator(delta: str) -> None:
+    torch.manual_seed(1)
+    inputs = strided(ssd_inputs(1, 100, 2, 64, 1, 64, delta=delta, dtype=torch.bfloat16))
+    assert_y_is_exact(inputs, None, 64, 2)
+
+
+def test_segments_fill_the_processors() -> None:
+    for blocks, length in ((40, 65_536), (12, 65_536), (40, 8192), (500, 8192), (1, 1)):
+        segment = native.segment_of(132, blocks, length)
+        assert segment % 64 == 0
+        slots = -(-length // segment)
+        rounds = -(-blocks * slots // 132)
+        assert blocks * slots / (132 * rounds) > 0.9 or length == 1
+
+
+def on_device(inputs: SSDInputs) -> SSDInputs:
+    names = ("x", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+    tensors = {n: v.cuda() for n in names if (v := getattr(inputs, n)) is not None}
+    return strided(inputs.replace(**tensors))
+
+
+def assert_scan_is_exact(inputs: SSDInputs, plan: LayerPlan | None = None) -> None:
+    """y, gated y, squares and states of the whole scan on a GPU."""
+    assert native.supports(inputs)
+    truth, state = chunked.ssd(wide(inputs), plan)
+    same, _ = chunked.ssd(inputs, plan)
+    y, final = ops.ssd(inputs, plan)
+    assert error(y, truth) <= 2 * error(truth.bfloat16(), truth)
+    assert error(final, state) <= 5e-7
+    z = torch.randn(inputs.x.shape, device="cuda").bfloat16()
+    gain = torch.rand(inputs.x.shape[2] * inputs.x.shape[3], device="cuda").bfloat16()
+    assert ops.gates_in_the_scan(inputs, z, gain)
+    y, again, squares = ops.gated_ssd(inputs, z, gain, plan)
+    same, near = reference.gated(same, z, gain)
+    truth, exact = reference.gated(truth, z.double(), gain.double())
+    assert error(y, truth) <= 2 * error(same, truth)
+    assert torch.equal(final, again)
+    assert error(normed(y, squares), normed(truth, exact)) <= 2 * error(
+        normed(same, near), normed(truth, exact)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of capability 9.0 and NVRTC")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("length", [1, 63, 1000, 65_537, 1_048_577])
+def test_any_length_is_as_exact_on_a_gpu(length: int) -> None:
+    torch.manual_seed(0)
+    inputs = ssd_inputs(1, length, 2, 64, 1, 128, dtype=torch.bfloat16)
+    assert_scan_is_exact(on_device(inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of capability 9.0 and NVRTC")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "shape", [(2, 500, 8, 64, 1, 128), (3, 500, 6, 128, 2, 64), (1, 500, 80, 64, 1, 128)]
+)
+@pytest.mark.parametrize("delta", DELTAS)
+def test_any_shape_and_delta_is_as_exact_on_a_gpu(shape: tuple[int, ...], delta: str) -> None:
+    torch.manual_seed(0)
+    inputs = on_device(ssd_inputs(*shape, delta=delta, dtype=torch.bfloat16))
+    if delta == "absurd":
+        pytest.skip("infinite in the reference, too")
+    assert_scan_is_exact(inputs)
+    heads = shape[2]
+    floor = torch.full((heads,), 0.05, device="cuda")
+    assert_scan_is_exact(inputs, LayerPlan(delta_floor=floor))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of capability 9.0 and NVRTC")
+def test_more_than_two_to_the_31_elements_are_read_and_written_right() -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    length, heads = 280_000, 128
+    inputs = SSDInputs(
+        x=torch.randn(1, length, heads, 64, **shape),
+        delta=torch.randn(1, length, heads, **shape) - 3,
+        A=-torch.linspace(1, 16, heads, device="cuda"),
+        B=torch.randn(1, length, 8, 128, **shape),
+        C=torch.randn(1, length, 8, 128, **shape),
+    )
+    z = torch.randn(1, length, heads, 64, **shape)
+    gain = torch.rand(heads * 64, device="cuda")
+    assert inputs.x.numel() > 2**31
+    y, _, squares = ops.gated_ssd(inputs, z, gain)
+    pieces = {n: getattr(inputs, n)[:, -4000:] for n in ("x", "delta", "B", "C")}
+    truth, _ = chunked.ssd(wide(inputs.replace(**pieces)))
+    truth, exact = reference.gated(truth[:, -1000:], z[:, -1000:].double(), gain.double())
+    assert error(y[:, -1000:], truth) <= 2 * 1.7e-3
+    assert error(squares[:, -1000:].sum(-1), exact.sum(-1)) <= 2e-3
+    assert math.isfinite(float(squares.sum()))
