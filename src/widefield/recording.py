@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from widefield import decoding
-from widefield.decoding import record, states_of, what_graph_needs
+from widefield.decoding import record, states_of
 from widefield.errors import WidefieldError
 from widefield.families import ChunkedPrefill, LayerCache, Padding, check_finite
 from widefield.ops import forced_backend
 from widefield.plan import LayerPlan
 from widefield.prefilling import cache_name
 
-__all__ = ["ChunkGraph", "Recordings"]
+__all__ = ["ChunkGraph", "GraphRefused", "Recordings"]
 
 _KEPT = 8
 _SHARE = 4  # recordings may hold one part in so many of a GPU's memory
@@ -37,8 +37,12 @@ Plans = dict[int, LayerPlan | None]
 Key = tuple[Any, ...]
 
 
-def _refused(expected: str) -> WidefieldError:
-    return WidefieldError(f"prefill(cuda_graph=True) needs {expected}; or leave cuda_graph out")
+class GraphRefused(WidefieldError):
+    """There can be no recording of a model's prefill, or none with these methods."""
+
+
+def _refused(expected: str) -> GraphRefused:
+    return GraphRefused(f"prefill(cuda_graph=True) needs {expected}; or leave cuda_graph out")
 
 
 class Recordings:
@@ -123,7 +127,7 @@ def _what_is_needed(model: Any) -> str | None:
         return "a prefill that nobody observes"
     if model.config.output_hidden_states:
         return "a prefill that gives logits only, without config.output_hidden_states"
-    return what_graph_needs(model)
+    return decoding.what_graph_needs(model)
 
 
 def _room(device: torch.device) -> float:
