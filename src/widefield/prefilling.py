@@ -82,7 +82,7 @@ def prefill(
         chunk_size,
         context_length=context_length,
         progress=progress,
-        replayed=model.widefield.recordings.replayed if cuda_graph else None,
+        replayed=model.__dict__["widefield"].recordings.replayed if cuda_graph else None,
     )
 
 

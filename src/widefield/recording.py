@@ -267,8 +267,8 @@ class ChunkGraph:
         with torch.inference_mode(False), torch.no_grad():
             self._ids = torch.zeros_like(ids)
             self._plans = {layer: _cloned(plan) for layer, plan in plans.items()}
-            self._before = None if before is None else copy.copy(before)
-            if self._before is not None:
+            self._before: Any = None if before is None else copy.copy(before)
+            if before is not None:
                 self._before.layers = copy.deepcopy(before.layers)
             held = _held(self.device)
             self._graph, self._outputs = record(
@@ -280,7 +280,8 @@ class ChunkGraph:
         self.cache = self._outputs[cache_name(model)]
 
     def _forward(self, model: Any) -> Any:
-        cache, length = self._before, self._ids.shape[1]
+        cache: Any = self._before
+        length = self._ids.shape[1]
         if cache is None:
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         cache.widefield_prefill = ChunkedPrefill(
@@ -321,7 +322,8 @@ def _held(device: torch.device) -> int:
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first, in few kernels."""
     if pairs:
-        torch._foreach_copy_([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+        ours, theirs = zip(*pairs, strict=True)
+        torch._foreach_copy_(ours, theirs)  # type: ignore[attr-defined]
 
 
 def _values(plan: LayerPlan | None) -> list[Tensor]:
