@@ -379,12 +379,13 @@ class _Snapshot:
         if model is not self._modules[0][0]:
             return False
         for tensors, name, identity in self._weights:
-            if _identity(tensors.get(name)) != identity:
+            tensor = tensors.get(name)
+            if (tensor is not None or identity is not None) and _identity(tensor) != identity:
                 return False
         for module, kind, own, parts in self._modules:
-            if type(module) is not kind or not _equal(vars(module), own):
+            if type(module) is not kind or not _equal(module.__dict__, own):
                 return False
-            if [*module._modules.values()] != parts:
+            if (parts or module._modules) and [*module._modules.values()] != parts:
                 return False
         return self._hooks == _hooks([module for module, *_ in self._modules])
 
