@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "states",
             "prefilling",
             "decoding",
+            "recording",
         }
     ),
     frozenset({"tasks", "evaluation", "analysis", "training", "integrations"}),

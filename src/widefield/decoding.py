@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ __all__ = [
     "check_model",
     "graph_wanted",
     "is_wanted",
+    "record",
     "sample",
+    "states_of",
     "what_graph_needs",
 ]
 
@@ -46,6 +48,7 @@ _GRAPHS_KEPT = 4
 _ROOM = 1024  # tokens
 _GROWS = "a cache that does not grow, and attention layers keep the keys of every token"
 _recording = threading.Lock()
+Result = TypeVar("Result")
 _wanted: ContextVar[bool] = ContextVar("widefield_cuda_graph", default=False)
 
 
@@ -372,7 +375,7 @@ class Graphs:
     def take(self, model: Any, cache: Any, behind: Behind) -> tuple[tuple[Any, ...], StepGraph]:
         """A recorded step for this model as it is now, and its key; recorded if need be."""
         weights, room = _signature(model), FixedAttention.room_for(cache, behind.new)
-        shapes = tuple((t.shape, t.dtype) for t in _states(cache))
+        shapes = tuple((t.shape, t.dtype) for t in states_of(cache))
         kind = str(model.config._attn_implementation)
         # Outside of inference mode nothing can be written into tensors that were made inside.
         key = (weights, forced_backend(), shapes, room, kind, torch.is_inference_mode_enabled())
@@ -431,28 +434,17 @@ class StepGraph:
         """
         self._attention = FixedAttention(model, cache, room) if room else None
         self._cache = copy.deepcopy(cache) if self._attention is None else self._attention.cache
-        self._states = _states(self._cache)
+        self._states = states_of(self._cache)
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self._states[0].device)
         self._record(model)
 
     def _record(self, model: nn.Module) -> None:
-        # One at a time: torch records all graphs on one stream and waits for the whole GPU before.
-        with _recording, torch.cuda.device(self._tokens.device), overlapping():
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                for _ in range(2):  # kernels are compiled and workspaces made outside the recording
-                    self._forward(model)
-            current.wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._logits = self._forward(model)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                what = str(error).splitlines()[0]
-                raise _refused(f"a step that CUDA can record, and this one fails: {what}") from None
+        with overlapping():
+            self._graph, self._logits = record(
+                lambda: self._forward(model),
+                self._tokens.device,
+                lambda why: _refused(f"a step that CUDA can record, and this one fails: {why}"),
+            )
 
     def _forward(self, model: nn.Module) -> Tensor:
         arguments = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
@@ -461,14 +453,14 @@ class StepGraph:
 
     def load(self, cache: Any, behind: Behind) -> None:
         """Start behind the states of a cache."""
-        for ours, theirs in zip(self._states, _states(cache), strict=True):
+        for ours, theirs in zip(self._states, states_of(cache), strict=True):
             ours.copy_(theirs)
         if self._attention is not None:
             self._attention.load(cache, behind)
 
     def store(self, cache: Any, count: int) -> None:
         """Write the states behind the last of so many steps into a cache."""
-        for ours, theirs in zip(self._states, _states(cache), strict=True):
+        for ours, theirs in zip(self._states, states_of(cache), strict=True):
             theirs.copy_(ours)
         if self._attention is not None:
             self._attention.store(cache, count)
@@ -480,7 +472,39 @@ class StepGraph:
         return self._logits
 
 
-def _states(cache: Any) -> list[Tensor]:
+def record(
+    run: Callable[[], Result], device: torch.device, refused: Callable[[str], WidefieldError]
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record what a function does on a GPU.
+
+    Args:
+        run: works on tensors that stay where they are.
+        device: the GPU.
+        refused: makes the error, of CUDA's reason, where it cannot be recorded.
+
+    Returns:
+        What replays it, and what the function returned, whose tensors each replay fills anew.
+    """
+    # One at a time: torch records all graphs on one stream and waits for the whole GPU before.
+    with _recording, torch.cuda.device(device):
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # kernels are compiled and workspaces made outside the recording
+                run()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise refused(str(error).splitlines()[0]) from None
+        return graph, result
+
+
+def states_of(cache: Any) -> list[Tensor]:
     """The tensors of a cache that have one size, in order."""
     return [
         tensor

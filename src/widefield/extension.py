@@ -28,6 +28,7 @@ from widefield.methods import from_config, plan_layer
 from widefield.methods.base import Method
 from widefield.plan import LayerPlan, ModelLayout
 from widefield.prefilling import in_chunks
+from widefield.recording import Recordings
 
 __all__ = [
     "Extension",
@@ -53,6 +54,7 @@ class Extension:
         layout: what the methods know of the model.
         observer: called with (layer, scan inputs) in every prefill, or None.
         graphs: decode steps that were recorded for `generate(cuda_graph=True)`.
+        recordings: chunks that were recorded for `prefill(cuda_graph=True)`.
     """
 
     def __init__(self, layout: ModelLayout, methods: Sequence[Method]) -> None:
@@ -68,6 +70,7 @@ class Extension:
         self.methods = tuple(methods)
         self.observer: Observer | None = None
         self.graphs = decoding.Graphs()
+        self.recordings = Recordings()
         self._plans: OrderedDict[tuple[Any, ...], LayerPlan] = OrderedDict()
         plan_layer(
             self.methods, layout.layers[0], (0,), (1,)
@@ -209,6 +212,7 @@ def _install(model: nn.Module, extension: Extension) -> None:
     families.chain_blocks(model)
     for _, mixer in families.mixers(model):
         mixer._widefield = extension  # type: ignore[assignment]
+        mixer.__dict__["_widefield_derived"] = {}
     if "widefield" not in model.__dict__:
         model.__class__ = _extended_class(type(model))
         model.__dict__["_widefield_hook"] = model.register_forward_pre_hook(

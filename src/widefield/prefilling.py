@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from widefield.families import ChunkedPrefill, LayerCache, Padding, read_padding
 __all__ = ["cache_name", "in_chunks", "prefill"]
 
 Progress = Callable[[int, int], None]
+Replayed = Callable[[Any, Any, ChunkedPrefill, int], AbstractContextManager[Any]]
 
 
 @torch.no_grad()
@@ -29,6 +32,7 @@ def prefill(
     context_length: int | None = None,
     cache: Any | None = None,
     progress: Progress | None = None,
+    cuda_graph: bool = False,
 ) -> Any:
     """Read a prompt in chunks into a cache, as exactly as in one pass.
 
@@ -45,6 +49,10 @@ def prefill(
             None for what the cache holds and the prompt together. At least as much as that.
         cache: a transformers cache to continue from, filled in place; None for a new one.
         progress: called after each chunk with the tokens of a row read so far and those in all.
+        cuda_graph: record a chunk once on a GPU and replay it for all others of its length, in this
+            prompt and in later ones. The same numbers, sooner where launching kernels takes
+            longest: short chunks of small models. What is left over, and chunks with padding, run
+            as without. For models whose cache does not grow, and methods that keep all tokens.
 
     Returns:
         The model's own output: `.logits` (B, 1, V) of the last token, and the filled cache as
@@ -52,7 +60,8 @@ def prefill(
         `generate()` or a second turn can go on.
 
     Raises:
-        WidefieldError: if the model is not extended, has no head, or an argument is out of range.
+        WidefieldError: if the model is not extended, has no head, an argument is out of range, or a
+            graph is asked for where there can be none.
     """
     if "widefield" not in model.__dict__:
         raise WidefieldError(
@@ -67,7 +76,14 @@ def prefill(
     _check_ids(input_ids)
     inputs = {"input_ids": input_ids, "use_cache": True, cache_name(model): cache}
     inputs |= _masks(model, attention_mask, input_ids, cache)
-    return in_chunks(model, inputs, chunk_size, context_length=context_length, progress=progress)
+    return in_chunks(
+        model,
+        inputs,
+        chunk_size,
+        context_length=context_length,
+        progress=progress,
+        replayed=model.__dict__["widefield"].recordings.replayed if cuda_graph else None,
+    )
 
 
 def in_chunks(
@@ -77,6 +93,7 @@ def in_chunks(
     *,
     context_length: int | None = None,
     progress: Progress | None = None,
+    replayed: Replayed | None = None,
 ) -> Any:
     """Call an extended model with one chunk of its arguments after the other.
 
@@ -86,6 +103,8 @@ def in_chunks(
         chunk_size: tokens of each row a call.
         context_length: as in `prefill`.
         progress: as in `prefill`.
+        replayed: gives what is called in place of the model for the length of the prefill, from the
+            model, the prefill and the tokens of a chunk; None = the model itself.
 
     Returns:
         The output of the last call.
@@ -95,7 +114,9 @@ def in_chunks(
     """
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise WidefieldError(f"chunk size {chunk_size!r}: expected tokens, at least 1")
-    _check_model(model, inputs)
+    _check_inputs(inputs)
+    if replayed is None:
+        _check_model(model)  # what was recorded is only replayed by the model as it was
     arguments = {**inputs, "return_dict": True}
     if "logits_to_keep" in _parameters(model):
         arguments["logits_to_keep"] = 1
@@ -108,22 +129,42 @@ def in_chunks(
         arguments[cache_name(model)] = cache
     padding = read_padding(arguments.get("attention_mask"), length)
     new = _announced(model, cache, padding, _tokens(arguments).shape[0], context_length)
-    cache.widefield_prefill = chunked = ChunkedPrefill(new, padding)
-    outputs = None
-    try:
+    chunked = ChunkedPrefill(new, padding)
+    outputs, size = None, min(chunk_size, length)
+    with _announcing(cache, chunked), (replayed or _itself)(model, cache, chunked, size) as forward:
         for start in range(0, length, chunk_size):
             part = slice(start, min(start + chunk_size, length))
             chunked.padding, chunked.last = _part(padding, part), part.stop == length
-            outputs = model(**_chunk(model, arguments, part, length))
+            outputs = forward(**_chunk(model, arguments, part, length))
             if progress is not None:
                 progress(part.stop, length)
-    finally:
-        del cache.widefield_prefill
     return outputs
 
 
+def _itself(
+    model: Any, cache: Any, chunked: ChunkedPrefill, size: int
+) -> AbstractContextManager[Any]:
+    return nullcontext(model)
+
+
+@contextmanager
+def _announcing(cache: Any, chunked: ChunkedPrefill) -> Iterator[None]:
+    """Let the layers see on the cache that a prefill comes in chunks."""
+    cache.widefield_prefill = chunked
+    try:
+        yield
+    finally:
+        del cache.widefield_prefill
+
+
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+    return _parameters_of(getattr(model.forward, "__func__", model.forward))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Of a function; to read them takes longer than to launch a recorded prefill."""
+    return inspect.signature(forward).parameters
 
 
 def cache_name(model: nn.Module) -> str:
@@ -144,13 +185,17 @@ def _check_ids(input_ids: Tensor) -> None:
         raise WidefieldError("the prompt is empty: expected at least one token")
 
 
-def _check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    for _, mixer in families.mixers(model):
-        if not getattr(mixer, "reads_chunks", False):
+def _check_model(model: nn.Module) -> None:
+    theirs = families.swaps()
+    for module in model.modules():
+        if type(module) in theirs and hasattr(module, "A_log"):
             raise WidefieldError(
-                f"{families.original_class(mixer).__name__} layers cannot be prefilled in chunks: "
-                "prefill the whole prompt in one pass"
+                f"{type(module).__name__} layers that came after wf.extend(model) forget their "
+                "state between chunks: call wf.extend(model) again"
             )
+
+
+def _check_inputs(inputs: Mapping[str, Any]) -> None:
     if inputs.get("use_cache") is False:
         raise WidefieldError("a prefill in chunks needs a cache: leave out use_cache=False")
     if isinstance(inputs.get("attention_mask"), Mapping):

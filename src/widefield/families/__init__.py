@@ -21,6 +21,7 @@ from widefield.families._context import (
     Observer,
     Padding,
     check_covers,
+    check_finite,
     read_padding,
 )
 from widefield.families._fixed import Behind, FixedAttention, attends, what_attention_needs
@@ -38,6 +39,7 @@ __all__ = [
     "attends",
     "chain_blocks",
     "check_covers",
+    "check_finite",
     "counted_attention",
     "describe",
     "fingerprint",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widefield import ops
 from widefield.families._attention import fit_mask
-from widefield.families._context import Left, left_of, mark_left
+from widefield.families._context import Left, is_bare, left_of, mark_left
 from widefield.families._mixer import Mixer, Turn, steps_in_few_kernels
 from widefield.families._norms import Norm
 
@@ -42,19 +42,25 @@ class DroppingBlock(nn.Module):
         left = left_of(hidden_states)
         if left is not None:
             kwargs["widefield_left"] = left
+        if not self.training and is_bare(self):
+            return self.run(hidden_states, *args, **kwargs)
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def forward(
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
+        return self.run(hidden_states, *args, **kwargs)
+
+    def run(
         self, hidden_states: Tensor, *args: Any, widefield_left: Left | None = None, **kwargs: Any
     ) -> Any:
-        """The block's output (B, L, H), or (B, k, H) if its mixer drops tokens."""
+        """The same without what transformers puts around a forward."""
         if hidden_states.shape[1] == 0:
             return hidden_states  # an earlier layer holds the tokens back until the last chunk
         left = widefield_left
-        for child in self.children():
+        for child in self._modules.values():
             if isinstance(child, Mixer):
                 return self._mixed(child, hidden_states, left, args, kwargs)
-            if hasattr(child, "q_proj"):
+            if child is not None and "q_proj" in child._modules:
                 kwargs = fit_mask(child, hidden_states, left, kwargs)
         return mark_left(self.body(hidden_states, *args, **kwargs), left)
 
@@ -104,24 +110,34 @@ class ResidualBlock(DroppingBlock):
         follower = self.__dict__.get("_widefield_follower")
         dtype = torch.promote_types(hidden_states.dtype, out.dtype)
         dtype = torch.promote_types(dtype, torch.float32) if self.residual_in_fp32 else dtype
-        if isinstance(follower, Norm) and _is_seen_by_nobody(follower) and not out.is_inference():
+        if isinstance(follower, Norm) and is_bare(follower) and self._is_followed(out):
             return _add_and_norm(hidden_states, out, follower, dtype)
         return hidden_states.to(dtype) + out
+
+    def _is_followed(self, out: Tensor) -> bool:
+        """Whether the sum comes to the next block as it is, or the next block can tell.
+
+        What is made in inference mode has no version to tell by: there, nobody may stand between
+        the two blocks.
+        """
+        if not out.is_inference():
+            return True
+        following = self.__dict__["_widefield_next"]
+        return following is not None and is_bare(self) and is_bare(following)
 
 
 def chain_blocks(model: nn.Module) -> None:
     """Tell the blocks of a model that only add to the stream whose norm comes next."""
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            for block, following in itertools.pairwise(stack):
-                if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
-                    block.__dict__["_widefield_follower"] = following.norm  # not its submodule
-
-
-def _is_seen_by_nobody(module: nn.Module) -> bool:
-    """Whether calling a module is nothing but its forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not (hooks or "_old_forward" in vars(module))
+    for parent in model.modules():
+        # Between two blocks of its own models transformers writes into nothing.
+        known = type(parent).__module__.startswith("transformers.models.")
+        for stack in parent._modules.values():
+            if isinstance(stack, nn.ModuleList):
+                for block, following in itertools.pairwise(stack):
+                    if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
+                        own = block.__dict__  # they are none of its submodules
+                        own["_widefield_follower"] = following.norm
+                        own["_widefield_next"] = following if known else None
 
 
 def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
@@ -130,8 +146,12 @@ def _add_and_norm(hidden_states: Tensor, out: Tensor, norm: Norm, dtype: torch.d
     total, normed = ops.add_rms_norm(
         hidden_states, out, norm.weight, norm.variance_epsilon, sum_dtype=dtype, dtype=width
     )
-    total._widefield_normed = (norm, normed, total._version)  # type: ignore[attr-defined]
+    total._widefield_normed = (norm, normed, _version(total))  # type: ignore[attr-defined]
     return total
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _take_normed(hidden_states: Tensor, norm: nn.Module) -> Tensor | None:
@@ -141,7 +161,7 @@ def _take_normed(hidden_states: Tensor, norm: nn.Module) -> Tensor | None:
         return None
     del hidden_states._widefield_normed  # type: ignore[attr-defined]
     kept, normed, version = ready
-    return normed if kept is norm and version == hidden_states._version else None
+    return normed if kept is norm and version == _version(hidden_states) else None
 
 
 def _left_behind(turn: Turn) -> Left | None:

@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import LinearAttentionLayer
 
 from widefield.errors import WidefieldError
@@ -26,6 +28,60 @@ def uncompiled(function: Function) -> Function:
     Kernels of our own are none that it could compile, and Python objects go between layers.
     """
     return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward of its class and nothing else."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+        return False
+    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        return False
+    return not (_has_any_global_hook() or own["_backward_pre_hooks"] or is_compiling())
+
+
+class _Derived:
+    """What was made of a weight, and which weight that was; copies of a model start without it."""
+
+    def __init__(self, weight: Tensor, value: Tensor) -> None:
+        # The alias keeps the memory, so that no other weight can come to lie where this one was.
+        self.weight, self.alias, self.version = weight, weight.detach(), weight._version
+        self.value = value
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still what it was."""
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.alias.data_ptr() == weight.data_ptr()
+            and self.alias.dtype == weight.dtype
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def derived(
+    module: nn.Module, name: str, weight: Tensor, make: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `make` makes of a weight, kept in a module until the weight changes.
+
+    In training it is made anew each time, and so is what has no version to be known by.
+    """
+    if module.training or torch.is_grad_enabled() or weight.is_inference():
+        return make(weight)
+    known = module.__dict__.setdefault("_widefield_derived", {})
+    kept = known.get(name)
+    if kept is not None and kept.fits(weight):
+        return kept.value
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(weight)  # what is being recorded has no values yet
+    with torch.inference_mode(False), torch.no_grad():
+        kept = _Derived(weight, make(weight))
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()  # other streams will read it, too
+    known[name] = kept
+    return kept.value
 
 
 class Link(Protocol):
@@ -148,6 +204,8 @@ class ChunkedPrefill:
         last: whether the current chunk is the last.
         seen: by layer, what it had consumed before the first chunk.
         survivors: by decimating layer, what it may keep of the chunks so far.
+        recorded: the plans, by layer, where a chunk is run to be recorded: nothing may wait for the
+            GPU then, and whoever replays it answers for the state; else None.
     """
 
     new: tuple[int, ...]
@@ -155,6 +213,7 @@ class ChunkedPrefill:
     last: bool = False
     seen: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
     survivors: dict[int, Survivors] = field(default_factory=dict)
+    recorded: dict[int, LayerPlan | None] | None = None
 
 
 class LayerCache:
@@ -215,6 +274,11 @@ class LayerCache:
     def decodes(self, length: int, dropped: bool) -> bool:
         """Whether the `length` tokens at hand are a decode step, and not a prefill."""
         return self.filled and length == 1 and self.chunked is None and not dropped
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the forward at hand is run to be recorded."""
+        return self.chunked is not None and self.chunked.recorded is not None
 
     def more_to_come(self, dropped: bool) -> bool:
         """Whether later chunks of this prefill reach this layer; behind a decimation none do."""
@@ -340,9 +404,24 @@ def plan_of(
     """
     if past is None:
         return link.plan(layer, (0,), padding.lengths, device)
+    if past.chunked is not None and past.chunked.recorded is not None:
+        return past.chunked.recorded[layer]
     if past.chunked is None or dropped:
         return link.plan(layer, past.seen, padding.lengths, device)
     return link.plan(layer, past.seen_before, past.chunked.new, device)
+
+
+def check_finite(state: Tensor, layer: int) -> None:
+    """Refuse a state behind a scan that is not finite.
+
+    Raises:
+        WidefieldError: naming the likely causes.
+    """
+    if not bool(torch.isfinite(state).all()):
+        raise WidefieldError(
+            f"layer {layer}: the state is not finite after the scan (non-finite Δ "
+            "or input); check the model's weights and its dtype (float32 is safest)"
+        )
 
 
 def check_whole(past: LayerCache | None, layer: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
@@ -18,7 +20,10 @@ from widefield.families._context import (
     Left,
     Link,
     Padding,
+    check_finite,
     check_whole,
+    derived,
+    is_bare,
     padding_of,
     plan_of,
     scattered,
@@ -110,8 +115,6 @@ class Mixer(nn.Module):
     `forward` is `run_with` the names of the weights that are used without calling their modules.
     """
 
-    reads_chunks: ClassVar[bool] = True
-
     _widefield: Link
     layer_idx: int
     activation: str
@@ -167,12 +170,21 @@ class Mixer(nn.Module):
         residual = hidden_states[:, 0]
         return ops.project(y, weight, bias, residual=residual, dtype=dtype, **options)[:, None]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the mixer; on the shortest way where nobody looks on."""
+        if not is_bare(self):
+            return super().__call__(*args, **kwargs)
+        for part in self._modules.values():
+            if part is not None and "_hf_hook" in part.__dict__:
+                return super().__call__(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
     def convolve(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The short convolution of x (B, L, D) with its activation, and its new state (B, D, K)."""
         silu = self.activation in _SILU
-        x, state = ops.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=silu, initial_state=state
-        )
+        weight, bias = weights_of(self.conv1d)
+        taps = derived(self, "taps", weight, _taps)
+        x, state = ops.causal_conv1d(x, taps, bias, silu=silu, initial_state=state)
         return x if silu else self.act(x), state
 
     def convolve_one(self, x: Tensor, past: LayerCache) -> Tensor:
@@ -188,7 +200,6 @@ class Mixer(nn.Module):
         """The scan's state before this forward, or None for zeros; may be a view of the cache."""
         return None if past is None else past.state
 
-    @uncompiled
     def begin(
         self,
         hidden_states: Tensor,
@@ -204,6 +215,12 @@ class Mixer(nn.Module):
             mask: 2-D mask, left padding only, or None.
             left: what earlier layers have left of the tokens, where they say so.
         """
+        begin = _begin_uncompiled if torch.compiler.is_compiling() else Mixer._begin
+        return begin(self, hidden_states, cache, mask, left)
+
+    def _begin(
+        self, hidden_states: Tensor, cache: Any | None, mask: Tensor | None, left: Left | None
+    ) -> Turn:
         batch, length, _ = hidden_states.shape
         dropped = left is not None and left.dropped
         past = None if cache is None else LayerCache(cache, self.layer_idx, batch)
@@ -251,6 +268,9 @@ class Mixer(nn.Module):
 
     def _prefill(self, hidden_states: Tensor, turn: Turn) -> Tensor:
         """One tile after the other, so that only the output is as long as the input."""
+        parts = self._parts(hidden_states)
+        if len(parts) == 1 and self._widefield.observer is None:
+            return self._prefill_at_once(hidden_states, turn)
         state, output, tile = self.state_of(turn.past), None, None
         for tile in self._tiles(hidden_states, turn):
             inputs = tile.inputs if state is None else tile.inputs.replace(initial_state=state)
@@ -261,13 +281,27 @@ class Mixer(nn.Module):
         self._close(turn, tile.conv_state, state, turn.padding.lengths)
         return output
 
+    def _prefill_at_once(self, hidden_states: Tensor, turn: Turn) -> Tensor:
+        """The same where one tile is all."""
+        past, padding, conv_state, before = turn.past, turn.padding, None, None
+        assert padding is not None
+        if past is not None and past.filled:
+            conv_state, before = past.conv_state, self.state_of(past)
+        inputs, gate, conv_state = self.read(hidden_states, conv_state, padding.valid)
+        if before is not None:
+            inputs = inputs.replace(initial_state=before)
+        y, state = self.scan(inputs, gate, turn.plan)
+        output = linear(self.out_proj, y if y.dtype == hidden_states.dtype else y.to(hidden_states))
+        self._close(turn, conv_state, state, padding.lengths)
+        return output
+
     def _write(
         self, output: Tensor | None, y: Tensor, part: slice, hidden_states: Tensor
     ) -> Tensor:
         """The output with what belongs to these tokens; made when the first of them come."""
         batch, length, _ = hidden_states.shape
         if y.shape[1] == length:
-            return self.out_proj(y)
+            return linear(self.out_proj, y)
         if batch == 1 and ops.runs_kernels(y) and _is_plain(self.out_proj, y):
             if output is None:
                 output = y.new_empty(batch, length, self.out_proj.out_features)
@@ -289,28 +323,26 @@ class Mixer(nn.Module):
             residual = None if turn.residual is None else turn.residual[:, tile.part]
             tokens |= {"gate": tile.gate, "residual": residual}
             score = ops.token_score(tile.inputs, pool)
-            self._offer(survivors, score, tile.inputs.valid, tokens)
+            present = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+            with self._named_in_errors():
+                survivors.add(score, tile.inputs.valid, present)
         assert tile is not None
         if past is not None and past.more_to_come(turn.dropped):
-            survivors.thin()
+            with self._named_in_errors():
+                survivors.thin()
             past.store_conv(tile.conv_state)
             return None
-        rows, tokens = survivors.take()
+        with self._named_in_errors():
+            rows, tokens = survivors.take()
         residual, gate = tokens.pop("residual", None), tokens.pop("gate", None)
         state = self.state_of(past)
         inputs = tile.inputs.replace(**tokens, valid=rows.valid, initial_state=state)
         return Kept(rows, residual, inputs, gate, tile.conv_state)
 
-    def _offer(
-        self,
-        survivors: Survivors,
-        score: Float[Tensor, "batch length"],
-        valid: Bool[Tensor, "batch length"] | None,
-        tokens: dict[str, Tensor | None],
-    ) -> None:
-        present = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
         try:
-            survivors.add(score, valid, present)
+            yield
         except WidefieldError as error:
             raise WidefieldError(f"layer {self.layer_idx}: {error}") from None
 
@@ -334,24 +366,21 @@ class Mixer(nn.Module):
                 observer(self.layer_idx, inputs.replace(initial_state=self.state_of(past)))
             yield Tile(part, inputs, gate, conv_state)
 
-    def _parts(self, hidden_states: Tensor) -> Iterator[slice]:
+    def _parts(self, hidden_states: Tensor) -> Sequence[slice]:
         """Pieces of the sequence; one piece where gradients or an observer need it whole."""
         batch, length, _ = hidden_states.shape
-        step = max(1, TILE.get(hidden_states.device.type, TILE["cuda"]) // batch)
+        step = max(1, TILE["cpu" if hidden_states.is_cpu else "cuda"] // batch)
         step = step - step % _EVEN or step
-        if torch.is_grad_enabled() or self._widefield.observer is not None:
-            step = length
-        return (slice(start, min(start + step, length)) for start in range(0, length, step))
+        if length <= step or torch.is_grad_enabled() or self._widefield.observer is not None:
+            return (slice(0, length),)
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
     def _close(
         self, turn: Turn, conv_state: Tensor, state: Tensor, lengths: tuple[int, ...]
     ) -> None:
         """Check the state behind the last token and leave it in the cache."""
-        if self._is_checked(turn, state) and not bool(torch.isfinite(state).all()):
-            raise WidefieldError(
-                f"layer {self.layer_idx}: the state is not finite after the scan (non-finite Δ "
-                "or input); check the model's weights and its dtype (float32 is safest)"
-            )
+        if self._is_checked(turn, state):
+            check_finite(state, self.layer_idx)
         if turn.past is not None:
             turn.past.store(conv_state, self.cached(state), lengths)
 
@@ -360,13 +389,19 @@ class Mixer(nn.Module):
 
         A state that is not finite makes all that follows it so, up to the last layer's state.
         """
-        if state.device.type == "cpu":
-            return turn.plan is not None and turn.plan.touches_scan
-        return turn.plan is not None and self.layer_idx == self._widefield.layout.layers[-1]
+        if turn.plan is None or (turn.past is not None and turn.past.is_recorded):
+            return False
+        if state.is_cpu:
+            return turn.plan.touches_scan
+        return self.layer_idx == self._widefield.layout.layers[-1]
 
     def cached(self, state: Tensor) -> Tensor:
         """The scan's state in the shape that transformers caches."""
         return state
+
+
+# The wrapper of torch.compile takes longer than the function: it stands where it is needed.
+_begin_uncompiled = uncompiled(Mixer._begin)
 
 
 def run_with(*used: str) -> Callable[..., Tensor]:
@@ -382,7 +417,7 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     known = (nn.Linear, nn.Conv1d, GatedNorm)
     if not all(type(module) in known or isinstance(module, GatedNorm) for module in used):
         return False
-    if not all(_is_untouched(module) for module in (norm, mixer, *used)):
+    if not all(is_bare(module) for module in (norm, mixer, *used)):
         return False
     kinds = {module.weight.dtype for module in (norm, *used)}
     in_autocast = torch.is_autocast_enabled(x.device.type)
@@ -394,20 +429,30 @@ def steps_in_few_kernels(norm: nn.Module, mixer: Mixer, x: Tensor) -> bool:
     )
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else."""
-    own = vars(module)
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not hooks and "forward" not in own and own.get("_compiled_call_impl") is None
-
-
 def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether calling the module with x is nothing but a product with its weights."""
-    if type(module) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
-        return False
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or "_old_forward" in vars(module)
-    )
+    bare = type(module) is nn.Linear and is_bare(module)
+    return bare and not torch.is_autocast_enabled(x.device.type)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(D, K) of a depthwise convolution's weight."""
+    return weight.squeeze(1)
+
+
+def weights_of(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a module, past the look-ups of `nn.Module` where it has its own."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """The output of a linear layer; without calling the module where nobody looks on."""
+    if type(module) is nn.Linear and is_bare(module):
+        return F.linear(x, *weights_of(module))
+    return module(x)
 
 
 def _linear_into(out: Tensor, x: Tensor, linear: nn.Linear) -> None:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import ops
-from widefield.families._context import LayerCache
-from widefield.families._mixer import Mixer, run_with
+from widefield.families._context import LayerCache, derived
+from widefield.families._mixer import Mixer, linear, run_with, weights_of
 from widefield.families._norms import Norm
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -30,15 +30,13 @@ class Mamba1Mixer(Mixer):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The input x of the convolution and the gate z, (B, L, D) each, of (B, L, H)."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = linear(self.in_proj, hidden_states).chunk(2, dim=-1)
         return x, z
 
     def selective_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw Δ (B, L, D) without bias, B (B, L, N) and C (B, L, N) of the convolved x."""
-        low_rank, B, C = torch.split(
-            self.x_proj(x),
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size],
-            dim=-1,
+        low_rank, B, C = linear(self.x_proj, x).split_with_sizes(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         low_rank, B, C = self.norm_inputs(low_rank, B, C)
         return self.project_delta(low_rank), B, C
@@ -51,7 +49,7 @@ class Mamba1Mixer(Mixer):
         """dt_proj without its bias, which the scan adds; through the module if replaced."""
         projection = self.dt_proj
         if type(projection) is nn.Linear:
-            return F.linear(low_rank, projection.weight)
+            return F.linear(low_rank, weights_of(projection)[0])
         delta = projection(low_rank)
         return delta if projection.bias is None else delta - projection.bias
 
@@ -64,12 +62,12 @@ class Mamba1Mixer(Mixer):
     @property
     def raw_delta_bias(self) -> Tensor | None:
         """(D,) the same in the dtype that it has."""
-        return self.dt_proj.bias
+        return weights_of(self.dt_proj)[1]
 
     @property
     def rates(self) -> Tensor:
         """A (D, N), negative, in float32."""
-        return -torch.exp(self.A_log.float()).flatten(0, -2)
+        return derived(self, "rates", self.A_log, _rates)
 
     def read(
         self, hidden_states: Tensor, conv_state: Tensor | None, valid: Tensor | None
@@ -88,7 +86,7 @@ class Mamba1Mixer(Mixer):
             A=self.rates,
             B=B,
             C=C,
-            D=self.D.flatten(),
+            D=self.D if self.D.ndim == 1 else self.D.flatten(),
             z=z,
             delta_bias=self.raw_delta_bias,
             valid=valid,
@@ -103,11 +101,13 @@ class Mamba1Mixer(Mixer):
         """The recurrent state (B, D, N), a view of what the cache holds."""
         if past is None or past.state is None:
             return None
-        return past.state.view(past.batch, -1, self.ssm_state_size)
+        state = past.state
+        return state if state.ndim == 3 else state.view(past.batch, -1, self.ssm_state_size)
 
     def cached(self, state: Tensor) -> Tensor:
         """The state with the heads that it has in the cache, if any."""
-        return state.view(-1, *self.A_log.shape)
+        shape = self.A_log.shape
+        return state if state.shape[1:] == shape else state.view(-1, *shape)
 
     def step(self, hidden_states: Tensor, past: LayerCache) -> Tensor:
         """The output (B, 1, H) for one more token a row."""
@@ -153,6 +153,10 @@ class Mamba1Mixer(Mixer):
         return self.added(y, hidden_states, dtype)
 
     forward = run_with("conv1d", "dt_proj")
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    return -torch.exp(A_log.float()).flatten(0, -2)
 
 
 class NormedMamba1Mixer(Mamba1Mixer):

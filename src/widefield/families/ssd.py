@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from widefield import ops
-from widefield.families._context import LayerCache
-from widefield.families._mixer import Mixer, run_with
+from widefield.families._context import LayerCache, derived
+from widefield.families._mixer import Mixer, linear, run_with
 from widefield.families._norms import GatedNorm, Norm
 from widefield.plan import LayerPlan, SSDInputs
 
@@ -39,7 +39,7 @@ class SSDMixer(Mixer):
         self, hidden_states: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch length projected"]:
         """Gate, convolution's input and raw Δ, side by side in this order."""
-        return self.in_proj(hidden_states)
+        return linear(self.in_proj, hidden_states)
 
     def gated(
         self,
@@ -63,7 +63,7 @@ class SSDMixer(Mixer):
         inputs = SSDInputs(
             x=x,
             delta=delta,
-            A=-torch.exp(self.A_log.float()),
+            A=derived(self, "rates", self.A_log, _rates),
             B=B,
             C=C,
             D=self.D,
@@ -152,3 +152,7 @@ class SSDMixer(Mixer):
         return self.added(gated(y, gate), hidden_states, dtype)
 
     forward = run_with("conv1d")
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    return -torch.exp(A_log.float())

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from widefield.errors import unknown
 
 Backend = Literal["reference", "cpu", "cuda", "triton", "nvrtc"]
 BACKENDS = ("reference", "cpu", "cuda", "triton", "nvrtc")
+_HERE = nullcontext()
 _forced: ContextVar[Backend | None] = ContextVar("widefield_backend", default=None)
 
 
@@ -39,6 +42,12 @@ def use_backend(name: Backend) -> Iterator[None]:
 @functools.cache
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def on_gpu(op: str) -> Any:
+    """The module with an op's kernels for a GPU; an import statement in each call takes longer."""
+    return importlib.import_module(f"widefield.ops.{op}.cuda")
 
 
 def forced_backend() -> Backend | None:
@@ -69,11 +78,19 @@ def kernels_on(device: torch.device) -> str:
     return "Triton; those in CUDA C++ need cuda-bindings and an NVRTC for this GPU"
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one for a block; costs nothing where it is already."""
+    index = tensor.get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(index)
+
+
 def runs_kernels(*tensors: Tensor | None) -> bool:
     """Whether kernels of a GPU that have no backward would run for these inputs."""
-    if torch.compiler.is_compiling() or choose(*tensors) != "cuda":
+    if is_compiling() or choose(*tensors) != "cuda":
         return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    return not (is_grad_enabled() and _want_gradients(tensors))
 
 
 def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
@@ -81,13 +98,22 @@ def choose(*tensors: Tensor | None) -> Literal["reference", "cpu", "cuda"]:
     forced = _forced.get()
     if forced is not None:
         return "cuda" if forced in ("triton", "nvrtc") else forced
-    present = [t for t in tensors if t is not None]
-    device = present[0].device.type
-    if torch.float64 in [t.dtype for t in present]:
-        return "reference"
-    if device == "cuda" and _has("triton"):
-        return "cuda"
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in present)
-    if device == "cpu" and not wants_grad and _has("numba") and not torch.compiler.is_compiling():
+    on_gpu, first = False, True
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64:
+            return "reference"
+        if first:
+            first, on_gpu = False, tensor.is_cuda
+    if on_gpu:
+        return "cuda" if _has("triton") else "reference"
+    on_cpu = next(t for t in tensors if t is not None).is_cpu
+    wants_grad = is_grad_enabled() and _want_gradients(tensors)
+    if on_cpu and not wants_grad and _has("numba") and not is_compiling():
         return "cpu"
     return "reference"
+
+
+def _want_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from widefield.errors import WidefieldError
-from widefield.ops._backend import choose
+from widefield.ops._backend import choose, on_gpu
 from widefield.ops.causal_conv1d import reference
 
 __all__ = ["causal_conv1d"]
@@ -52,9 +52,7 @@ def causal_conv1d(
             return reference.by_sequence(own, x, weight, bias, silu, initial_state, cu_seqlens)
         return cpu.causal_conv1d(x, weight, bias, silu=silu, initial_state=initial_state)
     if backend == "cuda":
-        from widefield.ops.causal_conv1d import cuda
-
-        return cuda.causal_conv1d(
+        return on_gpu("causal_conv1d").causal_conv1d(
             x, weight, bias, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens
         )
     return reference.causal_conv1d(

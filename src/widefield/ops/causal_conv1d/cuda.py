@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from widefield.ops._triton import blocks, power_of_two
+from widefield.ops._backend import on_device_of
+from widefield.ops._triton import Variant, blocks, power_of_two
 from widefield.ops.causal_conv1d import reference
 
 _TIME = 64
@@ -226,6 +228,44 @@ def _input_gradient(
     )
 
 
+@functools.cache
+def _variant(
+    channels: int, has_bias: bool, has_state: bool, packed: bool, silu: bool, kernel: int
+) -> tuple[Variant, int]:
+    """The forward for one kind of call, and how many programs share the channels."""
+    width = min(_WIDTH, power_of_two(channels))
+    constants = {
+        "HAS_BIAS": has_bias, "HAS_STATE": has_state, "PACKED": packed, "SILU": silu, "K": kernel,
+        "SEGMENT": _SEGMENT, "AHEAD": _AHEAD, "WIDTH": width,
+    }  # fmt: skip
+    return Variant(_forward, constants, num_warps=_WARPS), blocks(channels, width)
+
+
+def _launch(
+    x: Tensor, tensors: tuple[Tensor, ...], common: tuple[int, ...], switches: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """The outputs, and the last K inputs unless sequences are packed."""
+    batch, length, channels = x.shape
+    variant, parts = _variant(channels, *switches)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty(batch, channels, switches[-1])
+    with on_device_of(x):
+        variant.launch((-(-length // _SEGMENT), parts, batch), (*tensors, y, last), common)
+    return y, last
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Without gradients and packing: what a prefill does in every layer."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    weight = weight.contiguous()
+    held = x if state is None else state.contiguous()
+    common = (x.shape[1], x.shape[2], x.stride(0), x.stride(1))
+    switches = (bias is not None, state is not None, False, silu, weight.shape[1])
+    return _launch(x, (x, weight, x if bias is None else bias, held, x, x), common, switches)
+
+
 class _Call:
     """The tensors of one call, as the kernels read them."""
 
@@ -245,21 +285,15 @@ class _Call:
         self.common = (length, channels, x.stride(0), x.stride(1))
         self.layout = {"K": weight.shape[1], "HAS_STATE": state is not None,
                        "PACKED": cu_seqlens is not None}  # fmt: skip
-        self.switches = {**self.layout, "HAS_BIAS": bias is not None, "SILU": silu}
+        self.switches = {
+            "HAS_BIAS": bias is not None, "HAS_STATE": state is not None,
+            "PACKED": cu_seqlens is not None, "SILU": silu, "K": weight.shape[1],
+        }  # fmt: skip
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs, and the last K inputs unless sequences are packed."""
-        batch, length, channels = x.shape
-        y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
-        last = torch.empty(batch, channels, weight.shape[1], dtype=x.dtype, device=x.device)
-        width = min(_WIDTH, power_of_two(channels))
-        grid = (blocks(length, _SEGMENT), blocks(channels, width), batch)
-        with torch.cuda.device_of(x):
-            _forward[grid](
-                x, weight, self.bias, self.state, *self.packing, y, last, *self.common,
-                **self.switches, SEGMENT=_SEGMENT, AHEAD=_AHEAD, WIDTH=width, num_warps=_WARPS,
-            )  # fmt: skip
-        return y, last
+        tensors = (x, weight, self.bias, self.state, *self.packing)
+        return _launch(x, tensors, self.common, tuple(self.switches.values()))
 
     def backward(self, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of x, of the weight and of the bias; the latter two in float32."""
@@ -314,6 +348,8 @@ def causal_conv1d(
 
     Gradients reach x, weight and bias; the initial state gets none.
     """
+    if not torch.is_grad_enabled() and cu_seqlens is None:
+        return _convolve(x, weight, bias, silu, initial_state)
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight = weight.contiguous()
     state = None if initial_state is None else initial_state.contiguous()

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from widefield.ops._backend import runs_kernels
+from widefield.ops._backend import on_gpu, runs_kernels
 from widefield.ops.rms_norm import reference
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
@@ -31,9 +31,7 @@ def rms_norm(
         Of the shape of x.
     """
     if runs_kernels(x, weight):
-        from widefield.ops.rms_norm import cuda
-
-        return cuda.rms_norm(x, weight, eps, dtype=dtype)
+        return on_gpu("rms_norm").rms_norm(x, weight, eps, dtype=dtype)
     return reference.rms_norm(x, weight, eps, dtype=dtype)
 
 
@@ -58,9 +56,7 @@ def add_rms_norm(
     """
     call = {"sum_dtype": sum_dtype, "dtype": dtype}
     if runs_kernels(x, other, weight):
-        from widefield.ops.rms_norm import cuda
-
-        return cuda.add_rms_norm(x, other, weight, eps, **call)
+        return on_gpu("rms_norm").add_rms_norm(x, other, weight, eps, **call)
     return reference.add_rms_norm(x, other, weight, eps, **call)
 
 
@@ -87,7 +83,7 @@ def gated_rms_norm(
         In the wider of the dtypes of x and weight.
     """
     if runs_kernels(x, gate, weight):
-        from widefield.ops.rms_norm import cuda
-
-        return cuda.gated_rms_norm(x, gate, weight, eps, groups=groups, gate_first=gate_first)
-    return reference.gated_rms_norm(x, gate, weight, eps, groups=groups, gate_first=gate_first)
+        run = on_gpu("rms_norm").gated_rms_norm
+    else:
+        run = reference.gated_rms_norm
+    return run(x, gate, weight, eps, groups=groups, gate_first=gate_first)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from widefield.ops._triton import blocks, power_of_two
+from widefield.ops._backend import on_device_of
+from widefield.ops._triton import Variant, power_of_two
 
 _NUMBERS = 4096  # that a program has in registers at least
 _WIDEST = 1024  # of a piece of a row
@@ -19,10 +20,11 @@ _PIECES = 8
 
 @triton.jit
 def _forward(
-    x_ptr, other_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups, eps,
+    x_ptr, other_ptr, w_ptr, sum_ptr, y_ptr, rows, length, groups,
     x_batch, x_token, other_batch, other_token,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr,
+    GATE_FIRST: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     # A row is one group of one token, in pieces of whole blocks where its width allows it. The
     # other input is what is added or the gate.
@@ -55,7 +57,7 @@ def _forward(
                     x = x * other
         total += x * x
         values = values + (x,)  # noqa: RUF005
-    scale = 1.0 / tl.sqrt_rn(tl.sum(total, axis=1) / WIDTH + eps)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(total, axis=1) / WIDTH + EPS)
     for piece in tl.static_range(PIECES):
         d = piece * BLOCK + column
         mask = (row < rows)[:, None] & (d < WIDTH)[None, :]
@@ -89,7 +91,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """A sum and its norm on a GPU; the same contract as the reference."""
     sum_dtype = sum_dtype or torch.promote_types(x.dtype, other.dtype)
-    added = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
+    added = torch.empty_like(x, dtype=sum_dtype, memory_format=torch.contiguous_format)
     dtype = dtype or torch.promote_types(sum_dtype, weight.dtype)
     return added, _Call(x, other, weight, eps, added=added).run(dtype)
 
@@ -108,7 +110,7 @@ def gated_rms_norm(
     return call.run(torch.promote_types(x.dtype, weight.dtype))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """The kernel's inputs; `other` is the gate, or what is added if there is room for the sum."""
 
@@ -122,27 +124,40 @@ class _Call:
 
     def run(self, dtype: torch.dtype) -> Tensor:
         """The normed values in `dtype`; the sum is left where there is room for it."""
-        y = torch.empty(self.x.shape, dtype=dtype, device=self.x.device)
+        given = self.x
+        y = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
         if not y.numel():
             return y
-        x = _by_token(self.x)
+        x = _by_token(given)
         # Absent inputs are passed as x: their flag keeps the kernel from reading them.
         other = x if self.other is None else _by_token(self.other)
         weight = x if self.weight is None else self.weight.contiguous()
-        added = x if self.added is None else self.added
-        rows = y.numel() // y.shape[-1] * self.groups
-        width = y.shape[-1] // self.groups
-        block, pieces, many, warps = _layout(width)
-        with torch.cuda.device_of(x):
-            _forward[(blocks(rows, many),)](
-                x, other, weight, added, y, rows, x.shape[1], self.groups, self.eps,
-                x.stride(0), x.stride(1), other.stride(0), other.stride(1),
-                ADD=self.added is not None, WEIGHT=self.weight is not None,
-                GATE=self.other is not None and self.added is None, GATE_FIRST=self.gate_first,
-                WIDTH=width, PIECES=pieces, BLOCK=block, ROWS=many,
-                num_warps=warps,
-            )  # fmt: skip
+        batch, length, features = x.shape
+        gated = self.other is not None and self.added is None
+        variant, many = _variant(
+            features // self.groups, self.eps, self.added is not None, self.weight is not None,
+            gated, self.gate_first,
+        )  # fmt: skip
+        rows = batch * length * self.groups
+        strides, others = x.stride(), other.stride()
+        numbers = (rows, length, self.groups, strides[0], strides[1], others[0], others[1])
+        tensors = (x, other, weight, x if self.added is None else self.added, y)
+        with on_device_of(y):
+            variant.launch((-(-rows // many), 1, 1), tensors, numbers)
         return y
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(
+    width: int, eps: float, add: bool, weight: bool, gate: bool, gate_first: bool
+) -> tuple[Variant, int]:
+    """The kernel for one kind of call, and the rows that a program of it takes."""
+    block, pieces, rows, warps = _layout(width)
+    constants = {
+        "EPS": eps, "ADD": add, "WEIGHT": weight, "GATE": gate, "GATE_FIRST": gate_first,
+        "WIDTH": width, "PIECES": pieces, "BLOCK": block, "ROWS": rows,
+    }  # fmt: skip
+    return Variant(_forward, constants, num_warps=warps), rows
 
 
 @functools.cache

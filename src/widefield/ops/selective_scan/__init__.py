@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from widefield.ops._backend import choose
+from widefield.ops._backend import choose, on_gpu
 from widefield.ops.selective_scan import reference
 from widefield.ops.selective_scan._packed import check
 from widefield.plan import LayerPlan, ScanInputs
@@ -32,7 +32,8 @@ def selective_scan(
     Raises:
         WidefieldError: if `cu_seqlens` does not fit to the other inputs.
     """
-    check(inputs, plan)
+    if inputs.cu_seqlens is not None:
+        check(inputs, plan)
     if inputs.B.ndim == 4:
         return _by_group(inputs, plan)
     backend = choose(inputs.x, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.z)
@@ -41,9 +42,7 @@ def selective_scan(
 
         return cpu.selective_scan(inputs, plan)
     if backend == "cuda":
-        from widefield.ops.selective_scan import cuda
-
-        return cuda.selective_scan(inputs, plan)
+        return on_gpu("selective_scan").selective_scan(inputs, plan)
     return reference.selective_scan(inputs, plan)
 
 

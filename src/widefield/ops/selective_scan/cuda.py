@@ -11,6 +11,7 @@ states inside each, and never stores all of them.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
 _BLOCK = 32
+_UNMODIFIED = LayerPlan()
 
 
 _LOG2E = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
@@ -481,10 +483,17 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     Returns:
         y in the dtype of x, and the final state in float32.
     """
+    plan = plan or _UNMODIFIED
+    if not torch.is_grad_enabled() and wants_cuda_cpp() and not torch.compiler.is_compiling():
+        found = native.selective_scan_again(inputs, plan)
+        if found is not None:
+            return found
     kernel = _chosen(inputs)
     if kernel is None:
         return triton_scan(inputs, plan)
-    return kernel.selective_scan(inputs, plan or LayerPlan())
+    if kernel is native:
+        return native.selective_scan(inputs, plan, keep=True)
+    return kernel.selective_scan(inputs, plan)
 
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:
@@ -503,8 +512,12 @@ def _are_many(inputs: ScanInputs) -> bool:
     Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
     """
     rows, channels = wide.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
-    chip = torch.cuda.get_device_properties(inputs.x.device)
-    return rows * channels >= 4 * 32 * chip.multi_processor_count
+    return rows * channels >= 4 * 32 * _multiprocessors(inputs.x.get_device())
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def triton_scan(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:

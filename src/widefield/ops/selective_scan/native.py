@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
+from widefield.ops._backend import on_device_of
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "selective_scan", "supports"]
+__all__ = ["Layout", "selective_scan", "selective_scan_again", "supports"]
 
 _SOURCE = Path(__file__).with_name("forward.cu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -103,6 +105,13 @@ class _Parameters(ctypes.Structure):
     )  # fmt: skip
 
 
+_PACKED = struct.Struct(f"{[field[1] for field in _Parameters._fields_].count(ctypes.c_void_p)}Q")
+Launch = tuple[_nvrtc.Kernel, tuple[int, int, int], bytes]
+# By likeness, what was launched, and its struct behind the pointers.
+_launches: dict[tuple[Any, ...], Launch] = {}
+_MOST = 4096
+
+
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
     x = inputs.x
@@ -121,7 +130,7 @@ def supports(inputs: ScanInputs) -> bool:
 
 
 def selective_scan(
-    inputs: ScanInputs, plan: LayerPlan, layout: Layout | None = None
+    inputs: ScanInputs, plan: LayerPlan, layout: Layout | None = None, *, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Run a scan that is supported; the same contract as the reference, without gradients.
 
@@ -129,12 +138,64 @@ def selective_scan(
         inputs: what the scan reads.
         plan: what a method asks of this layer.
         layout: to run with another one than the chosen.
+        keep: whether `selective_scan_again` may take its launch over.
 
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    with torch.cuda.device_of(inputs.x), torch.no_grad():
-        return _Call(inputs, plan).run(layout)
+    with on_device_of(inputs.x), torch.no_grad():
+        call = _Call(inputs, plan)
+        y, final, launch = call.run(layout)
+    given = _read(inputs, plan)
+    if keep and all(a is b for a, b in zip(call.read(), given, strict=True)):
+        if len(_launches) >= _MOST:  # every length of a prompt is one
+            _launches.clear()
+        pointers = [0 if t is None else t.data_ptr() for t in given]
+        _launches[_likeness(given, pointers, inputs.delta_softplus)] = launch
+    return y, final
+
+
+def selective_scan_again(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor, Tensor] | None:
+    """The same for a scan that differs from an earlier one in nothing but the tensors' contents.
+
+    Which variant runs, and most of what it is told, need not be found out again then.
+
+    Returns:
+        As `selective_scan`; None if there was no such scan.
+    """
+    tensors = _read(inputs, plan)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    launch = _launches.get(_likeness(tensors, pointers, inputs.delta_softplus))
+    if launch is None:
+        return None
+    kernel, grid, rest = launch
+    y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    final = inputs.A.new_empty((grid[1], *inputs.A.shape))
+    packed = _PACKED.pack(*pointers, y.data_ptr(), final.data_ptr())
+    with on_device_of(y):
+        kernel.launch(grid, _Parameters.from_buffer_copy(packed + rest))
+    return y, final
+
+
+def _read(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor | None, ...]:
+    """What the kernel reads, in the order of its struct."""
+    return (
+        inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z, inputs.D, inputs.delta_bias, inputs.A,
+        plan.delta_floor, plan.delta_scale, plan.decay_scale, inputs.initial_state, inputs.valid,
+        inputs.cu_seqlens,
+    )  # fmt: skip
+
+
+def _likeness(
+    tensors: tuple[Tensor | None, ...], pointers: list[int], softplus: bool
+) -> tuple[Any, ...]:
+    """What two calls have in common that differ in nothing but the tensors' contents."""
+    x, ends = tensors[0], tensors[-1]
+    assert x is not None
+    kinds = [None if t is None else (t.dtype, t.stride()) for t in tensors]
+    places = [pointer & 15 for pointer in pointers]
+    shape = None if ends is None else ends.shape
+    return (softplus, x.get_device(), x.shape, shape, *kinds, *places)
 
 
 class _Call:
@@ -150,7 +211,14 @@ class _Call:
         self.valid, self.ends = inputs.valid, _contiguous(inputs.cu_seqlens)
         self.softplus = inputs.delta_softplus
 
-    def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
+    def read(self) -> tuple[Tensor | None, ...]:
+        """All of them, in the order of the kernel's struct."""
+        return (
+            self.x, self.delta, self.B, self.C, self.z, self.skip, self.bias, self.A, self.floor,
+            self.scale, self.decay, self.initial, self.valid, self.ends,
+        )  # fmt: skip
+
+    def run(self, layout: Layout | None) -> tuple[Tensor, Tensor, Launch]:
         x = self.x
         rows, _, channels = x.shape
         if self.ends is not None:
@@ -165,8 +233,9 @@ class _Call:
             x.device.index, layout, states, self.kinds(), self.flags(), self.ends_kind()
         )
         grid = (-(-channels // layout.channels), rows, 1)
-        kernel.launch(grid, self.parameters(y, final))
-        return y, final
+        parameters = self.parameters(y, final)
+        kernel.launch(grid, parameters)
+        return y, final, (kernel, grid, bytes(parameters)[_PACKED.size :])
 
     def layouts(self, states: int) -> str:
         """Which layouts there are: on tensor cores, where sums rounded to bfloat16 are enough."""
@@ -202,10 +271,7 @@ class _Call:
 
     def parameters(self, y: Tensor, final: Tensor) -> _Parameters:
         strided = (self.x, self.delta, self.B, self.C, self.z, self.valid)
-        pointers = (
-            *strided[:5], self.skip, self.bias, self.A, self.floor, self.scale, self.decay,
-            self.initial, self.valid, self.ends, y, final,
-        )  # fmt: skip
+        pointers = (*self.read(), y, final)
         return _Parameters(
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
