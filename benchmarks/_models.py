@@ -50,7 +50,7 @@ class Side:
     Attributes:
         name: as the rows call it.
         prefill: ids (1, L) to the logits of the last token; None where another side does the same.
-        decode: prompt ids (B, L) to the ids with so many more.
+        decode: prompt ids (B, L) to the ids with so many more; None where another side does.
         steps: ids (B, L) to the logits (B, `STEPS`, V) of the last ones, each in a decode step of
             its own; None where `decode` must give the tokens of the first side instead.
         during: what must hold while it runs a task, "prefill" or "decode".
@@ -59,7 +59,7 @@ class Side:
 
     name: str
     prefill: Callable[[Tensor], Tensor] | None
-    decode: Callable[[Tensor, int], Tensor]
+    decode: Callable[[Tensor, int], Tensor] | None
     steps: Callable[[Tensor], Tensor] | None
     during: Callable[[str], AbstractContextManager[Any]]
     ours: bool = True
@@ -162,6 +162,8 @@ def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
     found = [_ours(model, methods, backend) for backend in backends]
     if model.device.type == "cuda" and name not in METHODS:
         found.append(_graphed(found[0]))
+    if model.device.type == "cuda" and name != "decimamba-130m":
+        found.append(_recorded(_twin(model, methods)))
     if name in METHODS:
         return found
     if importlib.util.find_spec("mamba_ssm") is not None and model.device.type == "cuda":
@@ -171,10 +173,14 @@ def sides(name: str, model: Any, backends: list[str], seed: int) -> list[Side]:
     return found
 
 
-def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
+def _twin(model: Any, methods: tuple[Any, ...]) -> Any:
     """A twin that stays extended, with the same weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    own = wf.extend(copy.deepcopy(model, shared), *methods)
+    return wf.extend(copy.deepcopy(model, shared), *methods)
+
+
+def _ours(model: Any, methods: tuple[Any, ...], backend: str) -> Side:
+    own = _twin(model, methods)
 
     def during(task: str) -> AbstractContextManager[Any]:
         return nullcontext() if backend == "default" else ops.use_backend(backend)  # type: ignore[arg-type]
@@ -189,9 +195,19 @@ def _of_transformers(model: Any) -> tuple[Any, Any, Any]:
     return prefill, decode, functools.partial(hf_steps, model)
 
 
+def _recorded(model: Any) -> Side:
+    """A prefill in one chunk that is recorded at the first call and replayed by the others."""
+
+    def prefill(ids: Tensor) -> Tensor:
+        return wf.prefill(model, ids, chunk_size=ids.shape[1], cuda_graph=True).logits[:, -1]
+
+    return Side("widefield recorded", prefill, None, None, lambda task: nullcontext())
+
+
 def _graphed(side: Side) -> Side:
     """The same side, decoding through a CUDA graph."""
     options: dict[str, Any] = {"cuda_graph": True}
+    assert side.decode is not None
     decode = functools.partial(side.decode, **options)
     return replace(side, name=f"{side.name} graph", prefill=None, decode=decode, steps=None)
 
@@ -295,5 +311,8 @@ class Judge:
         with side.during(self.task), torch.inference_mode():
             if run is not None:
                 return Verdict("logits", error(run(self.ids), self.truth), self.allowed)
-            tokens, expected = (s.decode(self.ids, NEW_TOKENS) for s in (side, first))
+            assert side.decode is not None and first.decode is not None
+            tokens, expected = (
+                decode(self.ids, NEW_TOKENS) for decode in (side.decode, first.decode)
+            )
             return Verdict("tokens", float((tokens != expected).double().mean()), 0.0)

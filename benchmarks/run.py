@@ -262,7 +262,7 @@ class ModelBench:
             side
             for side in self._all
             if self.asked.wants(side)
-            and not (task == "prefill" and side.prefill is None)
+            and (side.prefill if task == "prefill" else side.decode) is not None
             and not (side.name == "transformers" and tokens > self.asked.stock_up_to)
         ]
 

@@ -6,27 +6,40 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
-from widefield import decoding
+from widefield import decoding, recording
 
 
 class Rerun:
-    """Runs a step again instead of replaying it."""
+    """Runs what was recorded again instead of replaying it, in the same tensors."""
 
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self.step, self.logits = step, step().clone()
+    def __init__(self, run: Callable[[], Any]) -> None:
+        result = run()
+        self.run, self.result = run, result.clone() if isinstance(result, Tensor) else result
 
     def replay(self) -> None:
-        self.logits.copy_(self.step())
+        new = self.run()
+        for ours, theirs in zip(_tensors(self.result), _tensors(new), strict=True):
+            if ours is not theirs:
+                ours.copy_(theirs)
 
 
-def rerun_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the steps of a model on the CPU are "recorded", too."""
+def _tensors(result: Any) -> list[Tensor]:
+    """Of the logits of a step, or of the output of a chunk."""
+    if isinstance(result, Tensor):
+        return [result]
+    cache = result.get("cache_params") or result.get("past_key_values")
+    return [result.logits, *decoding.states_of(cache)]
 
-    def record(graph: Any, model: nn.Module) -> None:
-        graph._graph = Rerun(lambda: graph._forward(model))
-        graph._logits = graph._graph.logits
 
-    monkeypatch.setattr(decoding.StepGraph, "_record", record)
+def rerun_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on what a model on the CPU does is "recorded", too."""
+
+    def record(run: Callable[[], Any], *rest: Any) -> tuple[Any, Any]:
+        graph = Rerun(run)
+        return graph, graph.result
+
+    for module in (decoding, recording):
+        monkeypatch.setattr(module, "record", record)
     monkeypatch.setattr(decoding, "_GPU", "cpu")

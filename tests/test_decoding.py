@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import widefield as wf
 from tests.families.cases import CASES
-from tests.graphs import rerun_steps
+from tests.graphs import rerun_recordings
 from tests.models import tiny_mamba
 from widefield import decoding
 from widefield.extension import extend, restore
@@ -44,7 +44,7 @@ MASK = torch.stack([(torch.arange(30) >= padding).long() for padding in PADDING]
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
-        rerun_steps(monkeypatch)
+        rerun_recordings(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import widefield as wf
 from tests.families.cases import CASES
+from tests.graphs import rerun_recordings
 from tests.models import tiny_mamba
 from widefield import decoding, recording
 from widefield.extension import extend
@@ -29,36 +30,19 @@ KINDS = ("mamba", "falcon-mamba", "mamba2")
 IDS = torch.randint(3, 380, (3, 50), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-class Rerun:
-    """Stands in for a graph where there is no GPU."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run, self.outputs = run, run()
-
-    def replay(self) -> None:
-        new = self.run()
-        self.outputs.logits.copy_(new.logits)
-        for ours, theirs in zip(states(self.outputs), states(new), strict=True):
-            if ours is not theirs:
-                ours.copy_(theirs)
-
-
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry for each recording."""
     found: list[int] = []
+    if not GPU:
+        rerun_recordings(monkeypatch)
     real = recording.record
 
-    def record(run: Any, *rest: Any) -> Any:
+    def record(*args: Any) -> Any:
         found.append(1)
-        if GPU:
-            return real(run, *rest)
-        graph = Rerun(run)
-        return graph, graph.outputs
+        return real(*args)
 
     monkeypatch.setattr(recording, "record", record)
-    if not GPU:
-        monkeypatch.setattr(decoding, "_GPU", "cpu")
     return found
 
 

@@ -10,6 +10,7 @@ layers get room for all tokens that may come, and a mask.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -447,12 +448,8 @@ class StepGraph:
 
     def _forward(self, model: nn.Module) -> Tensor:
         arguments = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
-        if self._attention is not None:
-            arguments |= self._attention.arguments()
-        logits = model(input_ids=self._tokens, return_dict=True, **arguments).logits
-        if self._attention is not None:
-            self._attention.advance()
-        return logits
+        forward = functools.partial(model, self._tokens, return_dict=True, **arguments)
+        return (forward() if self._attention is None else self._attention.step(forward)).logits
 
     def load(self, cache: Any, behind: Behind) -> None:
         """Start behind the states of a cache."""

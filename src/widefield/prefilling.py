@@ -82,7 +82,7 @@ def prefill(
         chunk_size,
         context_length=context_length,
         progress=progress,
-        replayed=model.widefield.recordings.replayed if cuda_graph else None,
+        replayed=model.__dict__["widefield"].recordings.replayed if cuda_graph else None,
     )
 
 
@@ -114,7 +114,9 @@ def in_chunks(
     """
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise WidefieldError(f"chunk size {chunk_size!r}: expected tokens, at least 1")
-    _check_model(model, inputs)
+    _check_inputs(inputs)
+    if replayed is None:
+        _check_model(model)  # what was recorded is only replayed by the model as it was
     arguments = {**inputs, "return_dict": True}
     if "logits_to_keep" in _parameters(model):
         arguments["logits_to_keep"] = 1
@@ -183,7 +185,7 @@ def _check_ids(input_ids: Tensor) -> None:
         raise WidefieldError("the prompt is empty: expected at least one token")
 
 
-def _check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _check_model(model: nn.Module) -> None:
     theirs = families.swaps()
     for module in model.modules():
         if type(module) in theirs and hasattr(module, "A_log"):
@@ -191,6 +193,9 @@ def _check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
                 f"{type(module).__name__} layers that came after wf.extend(model) forget their "
                 "state between chunks: call wf.extend(model) again"
             )
+
+
+def _check_inputs(inputs: Mapping[str, Any]) -> None:
     if inputs.get("use_cache") is False:
         raise WidefieldError("a prefill in chunks needs a cache: leave out use_cache=False")
     if isinstance(inputs.get("attention_mask"), Mapping):

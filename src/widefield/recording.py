@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from widefield import decoding
-from widefield.decoding import record, states_of, what_graph_needs
+from widefield.decoding import record, states_of
 from widefield.errors import WidefieldError
 from widefield.families import ChunkedPrefill, LayerCache, Padding, check_finite
 from widefield.ops import forced_backend
 from widefield.plan import LayerPlan
 from widefield.prefilling import cache_name
 
-__all__ = ["ChunkGraph", "Recordings"]
+__all__ = ["ChunkGraph", "GraphRefused", "Recordings"]
 
 _KEPT = 8
 _SHARE = 4  # recordings may hold one part in so many of a GPU's memory
@@ -37,8 +37,12 @@ Plans = dict[int, LayerPlan | None]
 Key = tuple[Any, ...]
 
 
-def _refused(expected: str) -> WidefieldError:
-    return WidefieldError(f"prefill(cuda_graph=True) needs {expected}; or leave cuda_graph out")
+class GraphRefused(WidefieldError):
+    """There can be no recording of a model's prefill, or none with these methods."""
+
+
+def _refused(expected: str) -> GraphRefused:
+    return GraphRefused(f"prefill(cuda_graph=True) needs {expected}; or leave cuda_graph out")
 
 
 class Recordings:
@@ -123,7 +127,7 @@ def _what_is_needed(model: Any) -> str | None:
         return "a prefill that nobody observes"
     if model.config.output_hidden_states:
         return "a prefill that gives logits only, without config.output_hidden_states"
-    return what_graph_needs(model)
+    return decoding.what_graph_needs(model)
 
 
 def _room(device: torch.device) -> float:
@@ -263,8 +267,8 @@ class ChunkGraph:
         with torch.inference_mode(False), torch.no_grad():
             self._ids = torch.zeros_like(ids)
             self._plans = {layer: _cloned(plan) for layer, plan in plans.items()}
-            self._before = None if before is None else copy.copy(before)
-            if self._before is not None:
+            self._before: Any = None if before is None else copy.copy(before)
+            if before is not None:
                 self._before.layers = copy.deepcopy(before.layers)
             held = _held(self.device)
             self._graph, self._outputs = record(
@@ -276,7 +280,8 @@ class ChunkGraph:
         self.cache = self._outputs[cache_name(model)]
 
     def _forward(self, model: Any) -> Any:
-        cache, length = self._before, self._ids.shape[1]
+        cache: Any = self._before
+        length = self._ids.shape[1]
         if cache is None:
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         cache.widefield_prefill = ChunkedPrefill(
@@ -317,7 +322,8 @@ def _held(device: torch.device) -> int:
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first, in few kernels."""
     if pairs:
-        torch._foreach_copy_([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+        ours, theirs = zip(*pairs, strict=True)
+        torch._foreach_copy_(ours, theirs)  # type: ignore[attr-defined]
 
 
 def _values(plan: LayerPlan | None) -> list[Tensor]:
@@ -373,12 +379,13 @@ class _Snapshot:
         if model is not self._modules[0][0]:
             return False
         for tensors, name, identity in self._weights:
-            if _identity(tensors.get(name)) != identity:
+            tensor = tensors.get(name)
+            if (tensor is not None or identity is not None) and _identity(tensor) != identity:
                 return False
         for module, kind, own, parts in self._modules:
-            if type(module) is not kind or not _equal(vars(module), own):
+            if type(module) is not kind or not _equal(module.__dict__, own):
                 return False
-            if [*module._modules.values()] != parts:
+            if (parts or module._modules) and [*module._modules.values()] != parts:
                 return False
         return self._hooks == _hooks([module for module, *_ in self._modules])
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import CommandLine
-from tests.graphs import rerun_steps
+from tests.graphs import rerun_recordings
 from tests.models import tiny_mamba
 from widefield import decoding
 from widefield.evaluation import speed
@@ -54,8 +54,8 @@ def test_a_side_that_would_take_too_long_is_left_out_and_the_others_go_on(
 ) -> None:
     prefill = speed._Bench._prefill
 
-    def slow(self: Any, side: Side, ids: Any, watch: bool) -> Any:
-        seconds, peak = prefill(self, side, ids, watch)
+    def slow(self: Any, side: Side, ids: Any, task: str, watch: bool) -> Any:
+        seconds, peak = prefill(self, side, ids, task, watch)
         return (100.0, peak) if side.methods is None else (seconds, peak)
 
     monkeypatch.setattr(speed._Bench, "_prefill", slow)
@@ -69,10 +69,10 @@ def test_a_side_without_memory_is_a_line_and_the_others_go_on(
 ) -> None:
     prefill = speed._Bench._prefill
 
-    def full(self: Any, side: Side, ids: Any, watch: bool) -> Any:
+    def full(self: Any, side: Side, ids: Any, task: str, watch: bool) -> Any:
         if side.methods is None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
-        return prefill(self, side, ids, watch)
+        return prefill(self, side, ids, task, watch)
 
     monkeypatch.setattr(speed._Bench, "_prefill", full)
     done = wf("bench", *QUICK, "--method", "unmodified")
@@ -88,10 +88,10 @@ def test_a_prompt_that_fits_nowhere_is_a_line(wf: CommandLine) -> None:
 def test_memory_of_a_short_prompt_says_little_about_a_long_one() -> None:
     bench = speed._Bench(tiny_mamba(), speed.SpeedGrid((64,)))
     side = Side("unmodified", ())
-    bench._last[side.name] = speed.Timing(side.name, "prefill", 64, (0.01,), 120 * 10**6)
-    assert bench._hopeless(side, 64 * 1024) is None
-    bench._last[side.name] = speed.Timing(side.name, "prefill", 64, (0.01,), 10**9)
-    assert "out of memory" in str(bench._hopeless(side, 64 * 1024))
+    bench._last[side.name, "prefill"] = speed.Timing(side.name, "prefill", 64, (0.01,), 120 * 10**6)
+    assert bench._hopeless(side, 64 * 1024, "prefill") is None
+    bench._last[side.name, "prefill"] = speed.Timing(side.name, "prefill", 64, (0.01,), 10**9)
+    assert "out of memory" in str(bench._hopeless(side, 64 * 1024, "prefill"))
 
 
 def test_a_stock_model_that_does_not_run_here_is_a_line(
@@ -99,27 +99,40 @@ def test_a_stock_model_that_does_not_run_here_is_a_line(
 ) -> None:
     prefill = speed._Bench._prefill
 
-    def broken(self: Any, side: Side, ids: Any, watch: bool) -> Any:
+    def broken(self: Any, side: Side, ids: Any, task: str, watch: bool) -> Any:
         if side.methods is None:
             raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
-        return prefill(self, side, ids, watch)
+        return prefill(self, side, ids, task, watch)
 
     monkeypatch.setattr(speed._Bench, "_prefill", broken)
     done = wf("bench", "--lengths", "64", "--new-tokens", "0", "--method", "unmodified")
     assert done.code == 0 and "RuntimeError: Expected x.is_cuda() to be true" in done.out
 
 
-def test_on_a_gpu_tokens_are_decoded_through_a_graph_too(
+def test_on_a_gpu_prompts_and_tokens_go_through_a_graph_too(
     wf: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rerun_steps(monkeypatch)
+    rerun_recordings(monkeypatch)
     monkeypatch.setattr(speed, "_GPU", "cpu")
     out, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     done = wf("bench", *QUICK, "--method", "unmodified", "--out", out, "--plot", plot)
     assert done.code == 0 and "widefield, 2 new tokens through a CUDA graph: " in done.out
     assert "by CUDA graph" in done.out and plot.stat().st_size > 5000
-    rows = [row for row in json.loads(out.read_text())["rows"] if row["task"] == "decode_graph"]
-    assert [row["side"] for row in rows] == ["unmodified"] and rows[0]["median_seconds"] > 0
+    assert "widefield, 64 tokens through a CUDA graph: " in done.out
+    for task, count in {"prefill_graph": 2, "decode_graph": 1}.items():
+        rows = [row for row in json.loads(out.read_text())["rows"] if row["task"] == task]
+        assert [row["side"] for row in rows] == ["unmodified"] * count
+        assert all(row["median_seconds"] > 0 for row in rows)
+
+
+def test_methods_that_cannot_be_recorded_say_why(
+    wf: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rerun_recordings(monkeypatch)
+    monkeypatch.setattr(speed, "_GPU", "cpu")
+    short = ("--set", "decimamba.base_length=30", "--set", "decimamba.min_length=10")
+    done = wf("bench", *QUICK, "--method", "decimamba", *short)
+    assert done.code == 0 and done.out.count("– prefill(cuda_graph=True) needs methods") == 1
 
 
 def test_a_model_that_cannot_be_recorded_is_told_once(

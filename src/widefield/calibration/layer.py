@@ -147,8 +147,7 @@ class LayerCalibration:
         q = torch.full_like(self.highest, torch.inf)
         above_q = torch.zeros(self.channels, dtype=torch.float64)
         if clamp_share is not None:
-            q = self.quantile(clamp_share)
-            above_q = self._area_above(q)
+            q, above_q = self._clamp(clamp_share)
         mass = self._curve.mass
         target = above_q + (mass[:, 0].double() - above_q) / ratio
         g = torch.minimum(self._where_mass_is(target), q)
@@ -172,6 +171,21 @@ class LayerCalibration:
     @cached_property
     def _curve(self) -> _Curve:
         return _Curve.of(self)
+
+    @cached_property
+    def _clamps(self) -> dict[float, tuple[Tensor, Tensor]]:
+        """The newest clamp: most methods ask for one share at every length."""
+        return {}
+
+    def _clamp(self, share: float) -> tuple[Tensor, Tensor]:
+        """Δ that a share of the tokens reaches, and ∫ U above it."""
+        known = self._clamps.get(share)
+        if known is None:
+            q = self.quantile(share)
+            known = q, self._area_above(q)
+            self._clamps.clear()
+            self._clamps[share] = known
+        return known
 
     def _bounded(self, value: Tensor) -> Float[Tensor, " channels"]:
         return torch.minimum(torch.maximum(value.float(), self.lowest), self.highest)

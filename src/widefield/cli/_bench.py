@@ -20,6 +20,7 @@ from widefield.evaluation.speed import (
     DECODE,
     GRAPH,
     PREFILL,
+    REPLAY,
     STOCK,
     Side,
     SpeedGrid,
@@ -126,11 +127,11 @@ def _name(side: str) -> str:
 def _line(timing: Timing) -> str:
     how = {DECODE: " new", GRAPH: " new"}.get(timing.task, "")
     what = f"{length_label(timing.tokens)}{how} tokens"
-    if timing.task == GRAPH:
+    if timing.task in (REPLAY, GRAPH):
         what += " through a CUDA graph"
     if timing.failed is not None:
         return f"{_name(timing.side)}, {what}: {timing.failed}"
-    if timing.task != PREFILL:
+    if timing.task in _NEW:
         return f"{_name(timing.side)}, {what}: {_rate(timing):.1f} tokens/s"
     return f"{_name(timing.side)}, {what}: {timing.median:.3f} s{_memory(timing, ', ')}"
 
@@ -152,15 +153,20 @@ def _show(sides: Sequence[Side], grid: SpeedGrid, done: Sequence[Timing]) -> Non
     table.add_column("tokens", justify="right", no_wrap=True)
     for side in sides:
         table.add_column(_name(side.name), justify="right", no_wrap=True)
-    rows = [(PREFILL, n, length_label(n)) for n in sorted(grid.lengths)]
+    rows = [
+        (task, n, length_label(n) if task == PREFILL else _NEW[GRAPH])
+        for n in sorted(grid.lengths)
+        for task in (PREFILL, REPLAY)
+        if any(d.task == task for d in done)
+    ]
     rows += [(t, grid.new_tokens, _NEW[t]) for t in _NEW if any(d.task == t for d in done)]
     for task, tokens, label in rows:
         # The stock model has no graph: what it does without one is what a graph is compared with.
-        first = known.get((sides[0].name, DECODE if task == GRAPH else task, tokens))
+        first = known.get((sides[0].name, {GRAPH: DECODE, REPLAY: PREFILL}.get(task, task), tokens))
         cells = [_cell(known.get((side.name, task, tokens)), first) for side in sides]
         table.add_row(label, *cells)
     Console().print(table)
-    for reason in dict.fromkeys(t.failed for t in done if t.task == GRAPH and t.failed):
+    for reason in dict.fromkeys(t.failed for t in done if t.task in (REPLAY, GRAPH) and t.failed):
         print(f"– {reason}")
 
 
@@ -168,8 +174,8 @@ def _cell(timing: Timing | None, first: Timing | None) -> str:
     if timing is None:
         return ""
     if timing.failed is not None:
-        return "–" if timing.task == GRAPH else timing.failed
-    value = f"{timing.median:.3f} s" if timing.task == PREFILL else f"{_rate(timing):.1f}/s"
+        return "–" if timing.task in (REPLAY, GRAPH) else timing.failed
+    value = f"{_rate(timing):.1f}/s" if timing.task in _NEW else f"{timing.median:.3f} s"
     ratio = math.nan if first is None or first is timing else first.median / timing.median
     faster = "" if math.isnan(ratio) else f"  {ratio:.1f}×"
     return f"{value}{faster}{_memory(timing, chr(10))}"
@@ -196,6 +202,6 @@ def _draw(
     rates = {
         _name(t.side) + (", CUDA graph" if t.task == GRAPH else ""): _rate(t)
         for t in done
-        if t.task != PREFILL and t.seconds
+        if t.task in _NEW and t.seconds
     }
     return speed(curves, plot, "Seconds of a prompt by its length", source.name, rates)

@@ -1,6 +1,6 @@
 """How fast a model reads and writes: seconds and memory of a prefill by length, tokens a second.
 
-On a GPU tokens are also decoded through a CUDA graph, by the sides that can.
+On a GPU prompts are also read, and tokens decoded, through a CUDA graph, by the sides that can.
 
 Sides are measured in turn, in one process, on the same random tokens: what slows the machine down
 for a while slows all of them down.
@@ -27,11 +27,23 @@ from widefield.evaluation.batches import Stopwatch, free_memory, is_out_of_memor
 from widefield.evaluation.grid import check_counts, length_label
 from widefield.extension import extended
 from widefield.methods.base import Method
+from widefield.prefilling import prefill
+from widefield.recording import GraphRefused
 
-__all__ = ["DECODE", "GRAPH", "PREFILL", "STOCK", "Side", "SpeedGrid", "Timing", "measure_speed"]
+__all__ = [
+    "DECODE",
+    "GRAPH",
+    "PREFILL",
+    "REPLAY",
+    "STOCK",
+    "Side",
+    "SpeedGrid",
+    "Timing",
+    "measure_speed",
+]
 
 STOCK = "stock"
-PREFILL, DECODE, GRAPH = "prefill", "decode", "decode_graph"
+PREFILL, REPLAY, DECODE, GRAPH = "prefill", "prefill_graph", "decode", "decode_graph"
 _PROMPT = 16  # tokens before those that are generated
 _GPU = "cuda"
 _FIXED = 128e6  # bytes that a prompt of any length takes: compiled code, buffers
@@ -87,7 +99,8 @@ class Timing:
 
     Attributes:
         side: its name.
-        task: "prefill", "decode", or "decode_graph" through a CUDA graph.
+        task: "prefill", "decode", or the same through a CUDA graph, "prefill_graph" and
+            "decode_graph".
         tokens: of the prompt, or those that were generated.
         seconds: of each run; empty where there was none.
         peak_bytes: most memory beyond the loaded model in a prefill; None where the system does not
@@ -125,9 +138,9 @@ def measure_speed(
 ) -> list[Timing]:
     """Measure every side at every length, shortest first, then tokens one by one.
 
-    On a GPU, all sides but the stock model then decode through a CUDA graph, too. A side that runs
-    out of memory, or would take longer than the limit, is left out at greater lengths; the others
-    go on.
+    On a GPU, all sides but the stock model read and decode through a CUDA graph, too. A side that
+    runs out of memory, or would take longer than the limit, is left out at greater lengths; the
+    others go on.
 
     Args:
         model: of transformers, with a language-model head, not extended; left as it was.
@@ -139,9 +152,10 @@ def measure_speed(
     bench = _Bench(model, grid)
     found: list[Timing] = []
     for length in sorted(grid.lengths):
-        for timing in bench.prefills(sides, length):
-            found.append(timing)
-            tell(timing)
+        for task in bench.reading_tasks():
+            for timing in bench.prefills(sides, length, task):
+                found.append(timing)
+                tell(timing)
     for task in bench.decoding_tasks():
         for timing in bench.decodes(sides, task):
             found.append(timing)
@@ -156,12 +170,18 @@ class _Bench:
         self.model, self.grid = model, grid
         self.device = torch.device(model.device)
         self.memory = _Memory(self.device)
-        self._last: dict[str, Timing] = {}
+        self._last: dict[tuple[str, str], Timing] = {}
 
-    def prefills(self, sides: Sequence[Side], length: int) -> Iterator[Timing]:
+    def reading_tasks(self) -> tuple[str, ...]:
+        """The ways in which a prompt is read."""
+        return (PREFILL, REPLAY) if self.device.type == _GPU else (PREFILL,)
+
+    def prefills(self, sides: Sequence[Side], length: int, task: str) -> Iterator[Timing]:
         """One timing a side; each round runs every side once."""
+        if task == REPLAY:
+            sides = [side for side in sides if side.methods is not None]
         ids: Tensor | None = None
-        failed = {side.name: self._hopeless(side, length) for side in sides}
+        failed = {side.name: self._hopeless(side, length, task) for side in sides}
         runs: dict[str, list[float]] = {side.name: [] for side in sides}
         peaks: dict[str, int | None] = {}
         for turn in range(1 + self.grid.repeats):
@@ -169,16 +189,16 @@ class _Bench:
                 if failed[side.name] is None:
                     with _failures(failed, side, self.device):
                         ids = self._ids(length) if ids is None else ids
-                        seconds, peak = self._prefill(side, ids, watch=turn == 1)
+                        seconds, peak = self._prefill(side, ids, task, watch=turn == 1)
                         if turn == 1:  # compilers have had their memory
                             peaks[side.name] = peak
                         runs[side.name] += [seconds] if turn else []
         for side in sides:
             timing = Timing(
-                side.name, PREFILL, length, tuple(runs[side.name]), peaks.get(side.name),
+                side.name, task, length, tuple(runs[side.name]), peaks.get(side.name),
                 failed[side.name],
             )  # fmt: skip
-            self._last[side.name] = timing
+            self._last[side.name, task] = timing
             yield timing
 
     def decoding_tasks(self) -> tuple[str, ...]:
@@ -215,13 +235,21 @@ class _Bench:
         vocabulary = self.model.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (1, length), generator=generator).to(self.device)
 
-    def _prefill(self, side: Side, ids: Tensor, watch: bool) -> tuple[float, int | None]:
+    def _prefill(self, side: Side, ids: Tensor, task: str, watch: bool) -> tuple[float, int | None]:
         """Seconds, and the peak of memory if it is to be watched."""
         with self._on(side):
+            if task == REPLAY:
+                self._read(ids, task)  # records it, for as long as the side is on
             stopwatch = Stopwatch(self.device)
             with self.memory.watched(watch) as peak, stopwatch:
-                self.model(ids, logits_to_keep=1, use_cache=True)
+                self._read(ids, task)
             return stopwatch.seconds, peak()
+
+    def _read(self, ids: Tensor, task: str) -> None:
+        if task == REPLAY:
+            prefill(self.model, ids, chunk_size=ids.shape[1], cuda_graph=True)
+        else:
+            self.model(ids, logits_to_keep=1, use_cache=True)
 
     def _decode(self, side: Side, tokens: int, task: str) -> float:
         """Seconds from one token to the last of so many more."""
@@ -250,9 +278,9 @@ class _Bench:
         with extended(self.model, *side.methods):
             yield
 
-    def _hopeless(self, side: Side, length: int) -> str | None:
+    def _hopeless(self, side: Side, length: int, task: str) -> str | None:
         """Why a side is not tried at this length, judged by its last one."""
-        last = self._last.get(side.name)
+        last = self._last.get((side.name, task))
         if last is None:
             return None
         if last.failed is not None:
@@ -274,6 +302,9 @@ def _failures(failed: dict[str, str | None], side: Side, device: torch.device) -
     """
     try:
         yield
+    except GraphRefused as error:
+        failed[side.name] = str(error)
+        return
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             failed[side.name] = "out of memory"

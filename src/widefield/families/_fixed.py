@@ -1,22 +1,28 @@
 """Attention caches of one size, so that a decode step of a hybrid model can be recorded.
 
 transformers' own makes new tensors with every token. Here keys and values lie in tensors that have
-room for those to come, and a mask hides what is not there yet.
+room for those to come, and a mask hides what is not there yet. torch's attention has no fast kernel
+for one query with a mask: it walks along the keys of each head on a single multiprocessor, over
+copies of those that several heads share. So a step takes two products of matrices instead.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-__all__ = ["Behind", "FixedAttention", "attends", "what_attention_needs"]
+from widefield.errors import WidefieldError
+
+__all__ = ["Behind", "FixedAttention", "attend", "attends", "what_attention_needs"]
 
 _BLOCK = 256  # tokens: prompts of nearly one length share a recorded step
 _ENTRIES = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DynamicLayer")
@@ -110,8 +116,9 @@ class FixedAttention:
         keys: Tensor = next(_filled(self.cache)).keys
         self._place = torch.zeros(1, dtype=torch.long, device=keys.device)
         self._positions = torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device)
-        dtype = keys.dtype if _kind(model) == "eager" else torch.bool
-        self._hidden, self._shown = (torch.finfo(dtype).min, 0.0) if dtype != torch.bool else (0, 1)
+        self._eager = _kind(model) == "eager"
+        dtype = keys.dtype if self._eager else torch.promote_types(keys.dtype, torch.float32)
+        self._hidden = torch.finfo(dtype).min
         shape = (len(keys), 1, 1, room)
         self._mask = torch.full(shape, self._hidden, dtype=dtype, device=keys.device)
         self._held = 0
@@ -125,16 +132,27 @@ class FixedAttention:
         lengths = [entry.keys.shape[2] for entry in _filled(cache)]
         return -(-(max(lengths) + new) // _BLOCK) * _BLOCK if lengths else 0
 
-    def arguments(self) -> dict[str, Any]:
-        """What the model's forward gets for the token at hand; it shows in the mask from now on."""
-        self._mask.index_fill_(3, self._place, self._shown)
-        masks = {"full_attention": self._mask, "linear_attention": None}
-        return {"attention_mask": masks, "position_ids": self._positions}
+    def step(self, forward: Callable[..., Any]) -> Any:
+        """Run a model's forward on the token at hand, and go on to the next place.
 
-    def advance(self) -> None:
-        """Go on to the next token."""
+        Args:
+            forward: takes mask and positions as keywords.
+
+        Raises:
+            WidefieldError: if its attention is not torch's.
+        """
+        self._mask.index_fill_(3, self._place, 0.0)
+        masks = {"full_attention": self._mask if self._eager else None, "linear_attention": None}
+        with _Attending(self._mask) as attending:
+            found = forward(attention_mask=masks, position_ids=self._positions)
+        if not self._eager and attending.calls != sum(1 for _ in _filled(self.cache)):
+            raise WidefieldError(
+                "this model's attention does not call scaled_dot_product_attention, and cannot be "
+                "recorded: leave cuda_graph out"
+            )
         self._place.add_(1)
         self._positions.add_(1)
+        return found
 
     def load(self, cache: Any, behind: Behind) -> None:
         """Stand behind what a cache holds."""
@@ -147,7 +165,7 @@ class FixedAttention:
         self._positions.copy_(behind.positions[:, None])
         self._mask.fill_(self._hidden)
         held = self._mask[:, 0, 0, : self._held]
-        held.fill_(self._shown)
+        held.fill_(0.0)
         if behind.valid is not None:
             held.masked_fill_(~behind.valid.to(held.device), self._hidden)
 
@@ -156,6 +174,60 @@ class FixedAttention:
         end = self._held + count
         for ours, theirs in zip(_filled(self.cache), _filled(cache), strict=True):
             theirs.keys, theirs.values = (t[:, :, :end].clone() for t in (ours.keys, ours.values))
+
+
+class _Attending(TorchFunctionMode):
+    """Inside, torch's attention of one query is `attend` with a mask of ours.
+
+    Attributes:
+        calls: of it so far.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask, self.calls = mask, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None:
+            return func(*args, **kwargs)
+        self.calls += 1
+        query, keys, values = args
+        return attend(query, keys, values, self.mask, kwargs.get("scale"))
+
+
+def attend(
+    query: Float[Tensor, "batch heads 1 width"],
+    keys: Float[Tensor, "batch groups held width"],
+    values: Float[Tensor, "batch groups held values"],
+    mask: Float[Tensor, "batch 1 1 held"],
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads 1 values"]:
+    """Attention of one token a row, in two products over all keys; scores in the mask's dtype.
+
+    Args:
+        query: of the token; heads / groups heads in a row share their keys.
+        keys: of all tokens.
+        values: of all tokens.
+        mask: added to the scores.
+        scale: of the scores; None for one over the root of the width.
+    """
+    batch, heads, _, width = query.shape
+    groups, held = keys.shape[1:3]
+    rows = query.reshape(batch * groups, heads // groups, width)
+    flat, rest = keys.reshape(batch * groups, held, width), values.flatten(0, 1)
+    if mask.dtype == query.dtype:
+        scores = torch.bmm(rows, flat.mT)
+    elif query.is_cuda:
+        scores = torch.bmm(rows, flat.mT, out_dtype=mask.dtype)
+    else:
+        scores = torch.bmm(rows.to(mask.dtype), flat.mT.to(mask.dtype))
+    scores = scores.view(batch, groups, -1, held)
+    scores = torch.add(mask, scores, alpha=width**-0.5 if scale is None else scale)
+    weights = scores.softmax(-1).to(values.dtype).flatten(0, 1)
+    return torch.bmm(weights, rest).view(batch, heads, 1, -1)
 
 
 def _filled(cache: Any) -> Iterator[Any]:

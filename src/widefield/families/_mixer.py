@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
@@ -335,28 +336,26 @@ class Mixer(nn.Module):
             residual = None if turn.residual is None else turn.residual[:, tile.part]
             tokens |= {"gate": tile.gate, "residual": residual}
             score = ops.token_score(tile.inputs, pool)
-            self._offer(survivors, score, tile.inputs.valid, tokens)
+            present = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+            with self._named_in_errors():
+                survivors.add(score, tile.inputs.valid, present)
         assert tile is not None
         if past is not None and past.more_to_come(turn.dropped):
-            survivors.thin()
+            with self._named_in_errors():
+                survivors.thin()
             past.store_conv(tile.conv_state)
             return None
-        rows, tokens = survivors.take()
+        with self._named_in_errors():
+            rows, tokens = survivors.take()
         residual, gate = tokens.pop("residual", None), tokens.pop("gate", None)
         state = self.state_of(past)
         inputs = tile.inputs.replace(**tokens, valid=rows.valid, initial_state=state)
         return Kept(rows, residual, inputs, gate, tile.conv_state)
 
-    def _offer(
-        self,
-        survivors: Survivors,
-        score: Float[Tensor, "batch length"],
-        valid: Bool[Tensor, "batch length"] | None,
-        tokens: dict[str, Tensor | None],
-    ) -> None:
-        present = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
         try:
-            survivors.add(score, valid, present)
+            yield
         except WidefieldError as error:
             raise WidefieldError(f"layer {self.layer_idx}: {error}") from None
 

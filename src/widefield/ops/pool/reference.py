@@ -70,8 +70,24 @@ def check_scores(
     Raises:
         WidefieldError: naming the likely causes.
     """
-    finite = torch.isfinite(score) if valid is None else torch.isfinite(score) | ~valid
-    if not bool(finite.all()):
+    refuse_unless(all_finite(score, valid))
+
+
+def all_finite(
+    score: Float[Tensor, "batch length"], valid: Bool[Tensor, "batch length"] | None
+) -> Bool[Tensor, ""]:
+    """Whether every valid token has a finite score, without waiting for a GPU to know."""
+    finite = torch.isfinite(score)
+    return (finite if valid is None else finite | ~valid).all()
+
+
+def refuse_unless(finite: Bool[Tensor, ""]) -> None:
+    """Raise unless all scores were finite.
+
+    Raises:
+        WidefieldError: naming the likely causes.
+    """
+    if not bool(finite):
         raise WidefieldError(
             "non-finite Δ: a token's importance score is NaN or infinite; "
             "check the model's weights and its dtype (float32 is safest)"

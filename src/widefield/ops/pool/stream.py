@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from widefield.ops.pool.reference import Rows, best, check_scores, select_rows
+from widefield.ops.pool.reference import Rows, all_finite, best, refuse_unless, select_rows
 from widefield.plan import Pool
 
 
@@ -47,6 +47,7 @@ class Survivors:
         self._candidates = pool.keep + pool.protect
         self._pieces: list[_Piece] = []
         self._length = 0
+        self._finite: Tensor | None = None
 
     def add(
         self,
@@ -63,11 +64,15 @@ class Survivors:
                 time.
 
         Raises:
-            WidefieldError: if a valid token's score is not finite.
+            WidefieldError: if a valid token's score is not finite; on a GPU, which would have to be
+                waited for, `thin` or `take` says so.
         """
-        check_scores(score, valid)
+        finite = all_finite(score, valid)
+        self._finite = finite if self._finite is None else self._finite & finite
+        if score.is_cpu:
+            self._check()
         if sum(piece.score.shape[1] for piece in self._pieces) > 2 * self._candidates:
-            self.thin()
+            self._pieces = [self._best_of(self._merged())]
         batch, length = score.shape
         position = torch.arange(self._length, self._length + length, device=score.device)
         self._length += length
@@ -76,7 +81,12 @@ class Survivors:
         self._pieces.append(self._best_of(piece) if length > 2 * self._candidates else piece)
 
     def take(self) -> tuple[Rows, dict[str, Tensor]]:
-        """The kept rows of the whole sequence, and what belongs to them (B, k, ...)."""
+        """The kept rows of the whole sequence, and what belongs to them (B, k, ...).
+
+        Raises:
+            WidefieldError: if a valid token's score is not finite.
+        """
+        self._check()
         piece = self._merged()
         rows = select_rows(piece.score, self._pool, piece.valid)
         position = torch.gather(piece.position, 1, rows.index)
@@ -86,8 +96,17 @@ class Survivors:
         """Drop every token that cannot be kept any more, and copy the others.
 
         Until then the tensors given to `add` are looked into and cannot be freed.
+
+        Raises:
+            WidefieldError: if a valid token's score is not finite.
         """
+        self._check()
         self._pieces = [self._best_of(self._merged())]
+
+    def _check(self) -> None:
+        if self._finite is not None:
+            finite, self._finite = self._finite, None
+            refuse_unless(finite)
 
     def _best_of(self, piece: _Piece) -> _Piece:
         """The tokens of a piece that may still be kept, copied."""

@@ -103,7 +103,7 @@ class _Parameters(ctypes.Structure):
     )  # fmt: skip
 
 
-_PACKED = struct.Struct(f"{sum(kind is ctypes.c_void_p for _, kind in _Parameters._fields_)}Q")
+_PACKED = struct.Struct(f"{[field[1] for field in _Parameters._fields_].count(ctypes.c_void_p)}Q")
 Launch = tuple[_nvrtc.Kernel, tuple[int, int, int], bytes]
 # By likeness, what was launched, and its struct behind the pointers.
 _launches: dict[tuple[Any, ...], Launch] = {}
