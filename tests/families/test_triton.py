@@ -113,6 +113,25 @@ def test_an_extended_model_runs_in_inference_mode(ids: Tensor) -> None:
 
 
 @on_triton
+@pytest.mark.parametrize("hook", [add_one, add_one_in_place])
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_between_blocks_have_their_way_in_inference_mode(
+    hook: Any, before: bool, ids: Tensor
+) -> None:
+    models = pair()
+    for model in models:
+        first, second = model.backbone.layers
+        if before:
+            second.register_forward_pre_hook(lambda module, args: hook(module, (), args[0]))
+        else:
+            first.register_forward_hook(hook)
+    stock, ours = models
+    with torch.inference_mode():
+        assert relative(ours(ids).logits, stock(ids).logits) < 1e-5
+        assert relative(ours(ids).logits, pair()[1](ids).logits) > 1e-3
+
+
+@on_triton
 def test_another_norm_is_left_alone(ids: Tensor) -> None:
     class Doubled(type(CASES["mamba"].make().backbone.layers[0].norm)):
         def forward(self, hidden_states: Tensor) -> Tensor:
