@@ -41,9 +41,13 @@ def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
 
 def many_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     """y of the scan for many rows."""
+    return wide.Call.prepare(inputs, plan, _small()).forward(save=False)[0]
+
+
+def _small() -> tuple[wide.Layout, wide.Layout] | None:
+    """Layouts that take little time in the emulator."""
     small = wide.Layout(per_lane=2, tile=8, chunk=8, warps=1, blocks=1)
-    layouts = None if ON_GPU else (small, small)
-    return wide.Call.prepare(inputs, plan, layouts).forward(save=False)[0]
+    return None if ON_GPU else (small, small)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,20 @@ def steps_of(delta: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor
     return softplus(v) if scale is None else softplus(v) * scale
 
 
+def scan_inputs(delta: Tensor, bias: Tensor | None = None, softplus: bool = True) -> ScanInputs:
+    """One row of tokens, in which everything but Δ is 1."""
+    ones = torch.ones(1, *delta.shape, dtype=delta.dtype, device=delta.device)
+    return ScanInputs(
+        x=ones,
+        delta=delta[None],
+        A=-torch.ones(delta.shape[1], 16, device=delta.device),
+        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
+        delta_bias=bias,
+        delta_softplus=softplus,
+    )
+
+
 def frozen(
     scan: Scan, delta: Tensor, bias: Tensor | None, floor: Tensor, scale: Tensor | None
 ) -> Tensor:
@@ -91,15 +109,8 @@ def frozen(
     """
     tokens, channels = delta.shape
     between = torch.stack([torch.full_like(delta, NEVER), delta], dim=1)
-    ones = torch.ones(1, 2 * tokens, channels, dtype=delta.dtype, device=delta.device)
-    inputs = ScanInputs(
-        x=ones,
-        delta=between.view(1, 2 * tokens, channels),
-        A=torch.full((channels, 16), -3e38, device=delta.device),
-        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
-        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
-        delta_bias=bias,
-    )
+    inputs = scan_inputs(between.view(2 * tokens, channels), bias)
+    inputs = inputs.replace(A=torch.full_like(inputs.A, -3e38))
     y = scan(inputs, LayerPlan(delta_floor=floor, delta_scale=scale))[0]
     return y[1::2] == y[::2]
 
@@ -172,15 +183,8 @@ def test_extraordinary_floors_and_scales(scan: Scan, scaled: bool) -> None:
 
 
 def test_an_infinite_floor_freezes_all_but_an_infinite_step(scan: Scan) -> None:
-    ones = torch.ones(1, 3, 12, device=DEVICE)
-    inputs = ScanInputs(
-        x=ones,
-        delta=torch.tensor([-1.0, 30.0, 3e38], device=DEVICE)[:, None].expand(1, 3, 12),
-        A=-torch.ones(12, 16, device=DEVICE),
-        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
-        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
-    )
-    inputs = inputs.replace(delta=inputs.delta.contiguous())
+    delta = torch.tensor([-1.0, 30.0, 3e38], device=DEVICE)[:, None].expand(3, 12)
+    inputs = scan_inputs(delta.contiguous())
     floor = torch.full((12,), math.inf, device=DEVICE)
     assert not scan(inputs, LayerPlan(delta_floor=floor)).any()
     scale = torch.full((12,), 10.0, device=DEVICE)
@@ -193,13 +197,38 @@ def test_steps_without_a_softplus_are_compared_as_they_are(scan: Scan) -> None:
     delta = values_of_bfloat16(1 if ON_GPU else 997)
     delta = delta[delta > 0][:, None].expand(-1, channels).contiguous()
     floor = torch.rand(channels, device=DEVICE).bfloat16().float()
-    ones = torch.ones(len(delta), 1, channels, dtype=delta.dtype, device=DEVICE)
-    inputs = ScanInputs(
-        x=ones, delta=delta[:, None], A=-torch.ones(channels, 16, device=DEVICE),
-        B=ones[..., :1].expand(-1, -1, 16).contiguous(),
-        C=ones[..., :1].expand(-1, -1, 16).contiguous(),
-        delta_softplus=False,
-    )  # fmt: skip
-    y = scan(inputs, LayerPlan(delta_floor=floor))[:, 0]
+    inputs = scan_inputs(delta, softplus=False)
+    inputs = inputs.replace(A=torch.full_like(inputs.A, -3e38))
+    y = scan(inputs, LayerPlan(delta_floor=floor))[0].float()
+    previous = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
     seen = delta.float() > 1e-34
-    assert torch.equal((y == 0)[seen], (delta < floor)[seen])
+    assert torch.equal((y == previous)[seen], (delta < floor)[seen])
+
+
+def gradient_of_delta(inputs: ScanInputs, floor: Tensor) -> Tensor:
+    """For gradients of y that are all 1."""
+    call = wide.Call.prepare(inputs, LayerPlan(delta_floor=floor), _small())
+    y, final, saved = call.forward(save=True)
+    assert saved is not None
+    gradient = call.backward(torch.ones_like(y), torch.zeros_like(final), saved)[1]
+    assert gradient is not None
+    return gradient[0]
+
+
+@pytest.mark.parametrize("scan", [many_rows], indirect=True)
+def test_just_the_frozen_tokens_get_no_gradient(scan: Scan) -> None:
+    reach = torch.arange(-20, 21, dtype=torch.int32)[:, None]
+    middle = torch.cat([6 * torch.rand(6) - 7, torch.tensor([-0.3, -1e-3, 1e-4, 0.2, 0.7, 1.9])])
+    delta = (middle.view(torch.int32) + reach).view(torch.float32).to(DEVICE)
+    steps = steps_of(delta, None, None)
+    for floor in (steps[20], torch.nextafter(steps[20], steps[20] + 1)):
+        gradient = gradient_of_delta(scan_inputs(delta), floor.contiguous())
+        assert torch.equal(gradient == 0, steps < floor)
+
+
+@pytest.mark.parametrize("scan", [many_rows], indirect=True)
+def test_below_a_negative_floor_there_is_no_gradient_either(scan: Scan) -> None:
+    delta = torch.tensor([-0.5, -0.2, -0.1, 0.0, 0.3], device=DEVICE)[:, None].expand(-1, 12)
+    floor = torch.full((12,), -0.15, device=DEVICE)
+    gradient = gradient_of_delta(scan_inputs(delta.contiguous(), softplus=False), floor)
+    assert torch.equal(gradient == 0, delta < floor)

@@ -446,7 +446,6 @@ struct Producer {
     Stream<DELTA_KIND, QUADS> delta_from;
     float bias[QUADS][4], scale[QUADS][4];
     Shared limits;
-    bool doubtful;  // any of the limits
     Piece<X_KIND, 4> x[QUADS];
     Piece<DELTA_KIND, 4> delta[QUADS];
     Valid valid;
@@ -471,12 +470,16 @@ struct Producer {
                      [&](int c) { return HAS_BIAS ? number_at<BIAS_KIND>(p.bias, c) : 0.0f; });
         at.constants(scale, 1.0f,
                      [&](int c) { return SCALE ? p.scale[at.tokens.row * p.scale_row + c] : 1.0f; });
-        doubtful = false;
+    }
+
+    // Whether any of the limits is doubtful.
+    __device__ __forceinline__ bool doubts() const {
+        float doubt[4], any = 0.0f;
         for (int c = 0; c < (LIMITS ? CHANNELS : 0); c += 4) {
-            float doubt[4];
             read4(doubt, limits + (CHANNELS + c));
-            doubtful |= doubt[0] + doubt[1] + doubt[2] + doubt[3] > 0.0f;
+            any += doubt[0] + doubt[1] + doubt[2] + doubt[3];
         }
+        return any > 0.0f;
     }
 
     // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
@@ -554,33 +557,44 @@ __device__ __noinline__ void settle(const Parameters& p, i64 row, int first_chan
     }
 }
 
+template <bool DOUBTS>
+__device__ __forceinline__ void produce_from(Producer& of, const Parameters& p, int producer,
+                                             const Buffers& buffers) {
+    const Pieces& at = of.at;
+    u32 tiles = at.tokens.tiles;
+    Ring at_slot(producer);
+#pragma unroll 1
+    for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
+        Shared buffer = buffers.at(at_slot.slot);
+        if (tile >= SLOTS) barrier_wait(buffers.free(at_slot.slot), at_slot.parity ^ 1);
+        if (!DOUBTS && at.whole(tile))
+            of.make<true>(buffer);
+        else
+            of.make<false>(buffer);
+        if (DOUBTS)
+            settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane,
+                   buffer, of.limits);
+        barrier_arrive(buffers.full(at_slot.slot), at.lane);
+        at_slot.advance(PRODUCER_COUNT);
+        if (!DOUBTS && at.whole(tile + PRODUCER_COUNT))
+            of.load<true>(TILE);
+        else
+            of.load<false>(at.tokens.rows(tile + PRODUCER_COUNT));
+    }
+}
+
 __device__ __forceinline__ void produce(const Parameters& p, const Pieces& at, int producer,
                                         const Buffers& buffers) {
     Producer of;
     of.at = at;
     of.limits = buffers.limits();
     of.place(p, static_cast<i64>(producer) * TILE);
-    u32 tiles = at.tokens.tiles;
     of.load<false>(at.tokens.rows(producer));
-    Ring at_slot(producer);
-#pragma unroll 1
-    for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
-        Shared buffer = buffers.at(at_slot.slot);
-        if (tile >= SLOTS) barrier_wait(buffers.free(at_slot.slot), at_slot.parity ^ 1);
-        if (at.whole(tile))
-            of.make<true>(buffer);
-        else
-            of.make<false>(buffer);
-        if (LIMITS && of.doubtful)
-            settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane,
-                   buffer, of.limits);
-        barrier_arrive(buffers.full(at_slot.slot), at.lane);
-        at_slot.advance(PRODUCER_COUNT);
-        if (at.whole(tile + PRODUCER_COUNT))
-            of.load<true>(TILE);
-        else
-            of.load<false>(at.tokens.rows(tile + PRODUCER_COUNT));
-    }
+    // Two loops, since even an unlikely call in one takes registers.
+    if (LIMITS && of.doubts())
+        produce_from<true>(of, p, producer, buffers);
+    else
+        produce_from<false>(of, p, producer, buffers);
 }
 
 constexpr bool READS_X = HAS_SKIP && !TENSOR;  // else it is in the buffer

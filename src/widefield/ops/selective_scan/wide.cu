@@ -247,8 +247,7 @@ struct Projection {
     }
 };
 
-// Which numbers of a tile are frozen, of those that are close to a limit. Not in the loops: what is
-// seldom needed shall not take their registers.
+// Which numbers of a tile are frozen, of those that are close to a limit.
 __device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
                                    int rows, float limit, float second) {
     u32 frozen = 0;
@@ -340,20 +339,22 @@ struct Lane {
                 value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
             }
         }
-        if (!FLOOR || !SOFTPLUS || settled == 0) return;
+        if (settled == 0) return;
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++)
                 if (settled >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
     }
-    // What `make` has to freeze besides what lies below its limit: known before a tile is read, when
-    // a call disturbs least.
+    // What `make` has to freeze besides what lies below its limit.
     __device__ __forceinline__ u32 settle_tile(const Parameters& p, i64 row, i64 token,
                                                int rows) const {
-        if (!FLOOR || !SOFTPLUS || !doubtful) return 0;
         return settle(p, row, channel, delta.from + token * delta.STEP, rows, limit[0],
                       limit[PER_LANE - 1]);
+    }
+    // Loops come twice where there may be doubtful limits: even an unlikely call in one costs 2 %.
+    __device__ __forceinline__ bool block_doubts() const {
+        return FLOOR && SOFTPLUS && __syncthreads_or(doubtful);
     }
 };
 
@@ -448,12 +449,12 @@ struct Forward {
         }
     }
 
-    template <bool FULL>
+    template <bool FULL, bool DOUBTS>
     __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = at.settle_tile(p, row.row, token, rows);
+        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -488,16 +489,24 @@ struct Forward {
         }
     }
 
-    __device__ __forceinline__ void run() {
+    template <bool DOUBTS>
+    __device__ __forceinline__ void walk() {
 #pragma unroll 1
         for (i64 token = 0; token < row.length; token += TILE) {
             if (SAVE && token % CHUNK == 0) save(static_cast<int>(token / CHUNK));
             int rows = rows_of(row.length - token);
-            if (rows == TILE)
-                tile<true>(token, TILE);
+            if (!DOUBTS && rows == TILE)
+                tile<true, DOUBTS>(token, TILE);
             else
-                tile<false>(token, rows);
+                tile<false, DOUBTS>(token, rows);
         }
+    }
+
+    __device__ __forceinline__ void run() {
+        if (at.block_doubts())
+            walk<true>();
+        else
+            walk<false>();
         columns_to(p.final, h, at, row.row);
     }
 };
@@ -601,10 +610,11 @@ struct Backward {
     }
 
     // The states before the tile behind this one.
+    template <bool DOUBTS>
     __device__ __forceinline__ void sweep(i64 token, int tile) {
         constexpr bool FULL = true;  // there is a tile behind it
         constexpr int rows = TILE;
-        u32 settled = at.settle_tile(p, row.row, token, rows);
+        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         at.delta.template load<FULL>(delta, token, rows, at.count);
@@ -642,12 +652,12 @@ struct Backward {
         float y[PER_LANE][TILE], into[PER_LANE][TILE], through[PER_LANE][TILE];
     };
 
-    template <bool FULL>
+    template <bool FULL, bool DOUBTS>
     __device__ __forceinline__ void read(Tile& of, i64 token, int rows) {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = at.settle_tile(p, row.row, token, rows);
+        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -787,10 +797,10 @@ struct Backward {
         return total;
     }
 
-    template <bool FULL>
+    template <bool FULL, bool DOUBTS>
     __device__ __forceinline__ void tile(i64 token, int rows, const float* from, int next) {
         Tile of;
-        read<FULL>(of, token, rows);
+        read<FULL, DOUBTS>(of, token, rows);
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
         if (next >= 0) restore(next);
@@ -798,10 +808,9 @@ struct Backward {
         flush<FULL>(token, rows);
     }
 
-    __device__ __forceinline__ void run() {
+    template <bool DOUBTS>
+    __device__ __forceinline__ void walk() {
         int chunks = row.chunks();
-        if (chunks == 0) settle(true);
-        if (chunks > 0) restore(chunks - 1);
 #pragma unroll 1
         for (int chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
@@ -809,18 +818,28 @@ struct Backward {
             if (chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
-                if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
+                if (first + (i + 1) * TILE < row.length) sweep<DOUBTS>(first + i * TILE, i);
 #pragma unroll 1
             for (int i = TILES - 1; i >= 0; i--) {
                 int rows = rows_of(row.length - first - i * TILE);
                 int next = i == 0 ? chunk - 1 : -1;
-                if (rows == TILE)
-                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS, next);
+                if (!DOUBTS && rows == TILE)
+                    tile<true, DOUBTS>(first + i * TILE, TILE, before + i * COLUMNS, next);
                 else if (rows > 0)
-                    tile<false>(first + i * TILE, rows, before + i * COLUMNS, next);
+                    tile<false, DOUBTS>(first + i * TILE, rows, before + i * COLUMNS, next);
             }
             if (chunk % SETTLED == 0) settle(chunk + SETTLED >= chunks);
         }
+    }
+
+    __device__ __forceinline__ void run() {
+        int chunks = row.chunks();
+        if (chunks == 0) settle(true);
+        if (chunks > 0) restore(chunks - 1);
+        if (at.block_doubts())
+            walk<true>();
+        else
+            walk<false>();
         columns_to(p.dinitial, G, at, row.row);
     }
 
