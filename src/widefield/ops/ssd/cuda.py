@@ -335,7 +335,7 @@ class _Chunked:
             BP, BN, narrow = _TILES
         else:
             BP, BN = call.width_tile, min(32, call.states_tile)
-            narrow = BN if BN == call.states_tile else 16
+            narrow = BN if call.states_tile == BN else 16
         return _Chunked(call, made, (BP, BN), narrow, _parts(width, BP), _parts(states, BN))
 
     def settings(self, unit: int, stages: int) -> dict[str, Any]:
