@@ -32,9 +32,9 @@ def _thirds(a):
 
 
 @triton.jit
-def _wide_times(a, b, acc, WIDE: tl.constexpr, PRECISE: tl.constexpr):
+def _wide_times(a, b, acc, PRECISE: tl.constexpr):
     """`acc` + a·b of a float32 a, in three parts where b is narrower."""
-    if WIDE:
+    if b.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision=PRECISE)
     else:
         high, middle, low = _thirds(a)
@@ -163,7 +163,7 @@ def chunk_states(
             weight = until * tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
         tl.store(partial + t, met, mask=inside)
         written = tl.trans(u).to(tl.float32) * weight[None, :]
-        state = _wide_times(written, keys, state * whole, WIDE, PRECISE)
+        state = _wide_times(written, keys, state * whole, PRECISE)
 
 
 @_kernel
@@ -295,6 +295,8 @@ def inputs_and_decays(
     spots = (place * steps + chunk) * heads
     inner = tl.arange(0, BP)[:, None] * NS + tl.arange(0, BN)[None, :]
     until_read = i[:, None] >= i[None, :]
+    # The interpreter has no products of bfloat16, which can hold 0 and 1 as well as float32.
+    until_read = until_read.to(tl.float32 if PRECISE == "ieee" else tl.bfloat16)
     partial = (block * rows * heads * length).to(tl.int64)
     for number in tl.range(0, several, num_stages=STAGES):
         head = group * share + part * several + number
@@ -343,7 +345,7 @@ def inputs_and_decays(
         # How y changes with the logarithm of a token's decay: by what comes from before it and is
         # read at it or later; from and in this chunk, or others.
         left = tl.zeros((Q, Q), tl.float32) + (stayed * delta)[:, None]
-        both = _wide_times(both * delta[:, None], until_read.to(x.dtype), left, WIDE, PRECISE)
+        both = _wide_times(both * delta[:, None], until_read, left, PRECISE)
         through = tl.sum(tl.where(i[:, None] < i[None, :], both, 0.0), axis=0)
         through += tl.cumsum(across, reverse=True) + passed
         tl.store(through_ptr + partial + tokens + i, through, mask=inside)
