@@ -74,11 +74,12 @@ def _sums(sums_ptr, rests_ptr, tokens, t, inside, end):
 @_kernel
 def chunk_states(
     u_ptr, v_ptr, keys_ptr, mates_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
-    edges_ptr, exact_ptr, states_ptr, met_ptr, passed_ptr,
+    edges_ptr, exact_ptr, states_ptr, met_ptr, passed_ptr, last_ptr,
     length, segment, slots, heads, width, states, share,
     sub, sul, suh, swb, swl, swh, skb, skl, skg, smb, sml, smg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
-    BACKWARD: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    EDGES: tl.constexpr, LAST: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state in front of each chunk of a segment, from that in front of the segment.
@@ -103,10 +104,10 @@ def chunk_states(
     if sequence < 0:
         return
     at = (place * heads + head) * width * states
-    state = tl.load(
-        edges_ptr + at + p[:, None].to(tl.int64) * states + n[None, :],
-        mask=(p < width)[:, None] & (n < states)[None, :], other=0.0,
-    )  # fmt: skip
+    within = (p < width)[:, None] & (n < states)[None, :]
+    state = tl.zeros((BP, BN), tl.float32)
+    if EDGES:
+        state = tl.load(edges_ptr + at + p[:, None] * states + n[None, :], mask=within, other=0.0)
     i = tl.arange(0, Q)
     inner = tl.arange(0, BP)[:, None] * NS + n[None, :]
     tokens = (row * heads + head) * length + begin
@@ -164,6 +165,8 @@ def chunk_states(
         tl.store(partial + t, met, mask=inside)
         written = tl.trans(u).to(tl.float32) * weight[None, :]
         state = _wide_times(written, keys, state * whole, PRECISE)
+    if LAST:
+        tl.store(last_ptr + at + p[:, None] * states + n[None, :], state, mask=within)
 
 
 @_kernel

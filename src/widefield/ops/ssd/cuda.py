@@ -278,25 +278,24 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
+def _backward(call: _Call, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     x, B, C, cut = call.x, call.B, call.C, call.cut
     batch, length, heads, width = x.shape
-    states = B.shape[3]
     dy = dy.contiguous()
+    dfinal = None if dfinal is None else dfinal.float().contiguous()
     made = [call.empty(batch, heads, length) for _ in range(3)]
-    dinitial = call.empty(cut.sequences, heads, width, states)
+    dinitial = call.empty(cut.sequences, heads, width, B.shape[3])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
     by_chunk = call.empty(2, batch, call.chunks, heads).zero_().unbind()
     with torch.cuda.device_of(x):
         call.run_deltas(made)
-        before, kept = call.segment_states(x, B, made, backward=False)
-        behind, _ = call.segment_states(dy, C, made, backward=True)
-        _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
-        _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
-        chunked = _Chunked.of(call, made)
+        chunked, before, behind, last = _Chunked.of(call, made), call.initial, dfinal, dinitial
+        if cut.slots > 1 or cut.table is not None:
+            before, behind = _edges(call, made, dy, dfinal, dinitial)
+            last = None
         before, across, exact, _ = chunked.states(x, dy, B, C, before)
-        behind, stayed, _, passed = chunked.states(dy, x, C, B, behind, exact)
+        behind, stayed, _, passed = chunked.states(dy, x, C, B, behind, exact, last)
         dC = chunked.projections(dy, x, B, before, 1)
         dB = chunked.projections(x, dy, C, behind, -1)
         *left, dD = chunked.inputs(dy, behind, across, stayed, passed, dx)
@@ -306,6 +305,17 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
         "x": dx, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "bias": dbias,
         "initial": dinitial,
     }  # fmt: skip
+
+
+def _edges(
+    call: _Call, made: Sequence[Tensor], dy: Tensor, dfinal: Tensor | None, dinitial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state in front of each segment, and its gradient behind it; fills `dinitial`."""
+    before, kept = call.segment_states(call.x, call.B, made, backward=False)
+    behind, _ = call.segment_states(dy, call.C, made, backward=True)
+    _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
+    _pass(call, behind, kept, dfinal, dinitial, backward=True)
+    return before, behind
 
 
 @dataclass(frozen=True)
@@ -358,13 +368,13 @@ class _Chunked:
         return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
 
     def states(
-        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, edges: Tensor,
-        exact: Tensor | None = None,
+        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, edges: Tensor | None,
+        exact: Tensor | None = None, last: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The state in front of each chunk, what is read of it, and itself in float32.
 
         With the latter, backward: its gradient behind each chunk, what is added to it, and what
-        passes a chunk.
+        passes a chunk; where a row is one segment, the gradient in front of all of it is `last`.
         """
         call, cut = self.call, self.call.cut
         batch, length, heads, _ = u.shape
@@ -381,9 +391,11 @@ class _Chunked:
         unit, strides = _in_units(u, v, keys, mates)
         grid = (heads * self.blocks * narrow, cut.slots, batch)
         gradients.chunk_states[grid](
-            u, v, keys, mates, *call.optional(call.inputs.valid, cut.table), *self.made, edges,
-            exact, states, met, passed, *call.sizes, *strides, *call.valid_strides,
-            BACKWARD=backward, **(self.settings(unit, 2) | {"BN": self.narrow}),
+            u, v, keys, mates, *call.optional(call.inputs.valid, cut.table), *self.made,
+            *call.optional(edges), exact, states, met, passed, *call.optional(last),
+            *call.sizes, *strides, *call.valid_strides,
+            EDGES=edges is not None, LAST=last is not None, BACKWARD=backward,
+            **(self.settings(unit, 2) | {"BN": self.narrow}),
         )  # fmt: skip
         return states, met, exact, passed
 
@@ -451,6 +463,7 @@ class _SSD(torch.autograd.Function):
         tensors = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D}
         inputs = inputs.replace(**tensors, delta_bias=bias, initial_state=initial)
         if any(ctx.needs_input_grad):
+            ctx.set_materialize_grads(False)
             saved = (x, delta, A, B, C, D, bias, initial, inputs.valid, inputs.cu_seqlens)
             ctx.save_for_backward(*saved)
             ctx.plan = plan
@@ -458,8 +471,11 @@ class _SSD(torch.autograd.Function):
         return _forward(_Call.of(inputs, plan))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, delta, A, B, C, D, bias, initial, valid, cu_seqlens = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         softplus, limit = ctx.options
         inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
         found = _backward(_Call.of(inputs, ctx.plan, _SEVERAL_BACKWARD), dy, dfinal)
