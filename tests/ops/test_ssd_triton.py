@@ -31,7 +31,7 @@ pytestmark = [
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 LEAVES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
-LENGTHS = [1, 63, 200] if INTERPRETED else [1, 63, 200, 1000]
+LENGTHS = [1, 63, 300] if INTERPRETED else [1, 63, 300, 1000]
 Scan = Callable[[SSDInputs, LayerPlan | None], tuple[Tensor, Tensor]]
 
 

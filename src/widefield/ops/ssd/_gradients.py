@@ -1,7 +1,8 @@
 """The gradients of Mamba-2's scan, in Triton: of every chunk by itself, once its states are known.
 
-The state in front of every chunk and the gradient of the state behind it go through memory, in two
-halves of bfloat16 where the inputs are bfloat16: read as they lie, and exact to 16 bits together.
+The state in front of every chunk and the gradient of the state behind it go through memory, rounded
+to bfloat16 where the inputs are: good enough for gradients that are rounded, too. What float32
+gradients are made of is found where the states still are exact.
 """
 
 from __future__ import annotations
@@ -13,22 +14,32 @@ from widefield.ops.ssd._triton import _bounds, _kernel
 
 
 @triton.jit
-def _halves(a):
-    """A float32 tile as two of bfloat16; not-a-number stays in the lower."""
+def _upper(a):
+    """A float32 tile rounded to bfloat16: as float32, and as itself; not-a-number may be lost."""
     # By bits: conversions one by one take as long as the rest of a kernel.
     bits = (a.to(tl.int32, bitcast=True) + 0x8000) >> 16
-    high = (bits << 16).to(tl.float32, bitcast=True)
-    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True), (a - high).to(tl.bfloat16)
+    wide = (bits << 16).to(tl.float32, bitcast=True)
+    return wide, bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _wide_times(a, b, acc, WIDE: tl.constexpr, PRECISE: tl.constexpr):
-    """`acc` + a·b of a float32 a, which has two halves where b is narrower."""
-    if WIDE:
+def _thirds(a):
+    """A float32 tile as the sum of three of bfloat16, to its last place."""
+    wide, high = _upper(a)
+    rest = a - wide
+    wide, middle = _upper(rest)
+    return high, middle, (rest - wide).to(tl.bfloat16)
+
+
+@triton.jit
+def _wide_times(a, b, acc, PRECISE: tl.constexpr):
+    """`acc` + a·b of a float32 a, in three parts where b is narrower."""
+    if b.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision=PRECISE)
     else:
-        high, low = _halves(a)
+        high, middle, low = _thirds(a)
         acc = tl.dot(low, b, acc)
+        acc = tl.dot(middle, b, acc)
         acc = tl.dot(high, b, acc)
     return acc
 
@@ -62,41 +73,50 @@ def _sums(sums_ptr, rests_ptr, tokens, t, inside, end):
 
 @_kernel
 def chunk_states(
-    x_ptr, B_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr, edges_ptr,
-    before_ptr, before_low_ptr, states_ptr, low_ptr, met_ptr,
+    u_ptr, v_ptr, keys_ptr, mates_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
+    edges_ptr, exact_ptr, states_ptr, met_ptr, passed_ptr, last_ptr,
     length, segment, slots, heads, width, states, share,
-    sxb, sxl, sxh, sBb, sBl, sBg, svb, svl,
+    sub, sul, suh, swb, swl, swh, skb, skl, skg, smb, sml, smg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
-    BACKWARD: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
-    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    EDGES: tl.constexpr, LAST: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state in front of each chunk of a segment, from that in front of the segment.
 
-    Backward, with dy and C for x and B: the gradient of the state behind each chunk, from the last
-    to the first, and how both of a chunk meet: the part of y behind it that is from before it.
+    With x for u and B for keys. Also what C, the mates, read of it, times dy, which is v: how y
+    changes with what is from before the chunk, for each token. Backward, with dy, x, C and B, from
+    the last chunk to the first: the gradient of the state behind each chunk, how it changes with
+    what each token adds, Δ left out, and with what passes the whole chunk.
     """
-    blocks, splits = tl.cdiv(width, BP), tl.cdiv(states, BN)
+    blocks, splits = tl.cdiv(width, BP), NS // BN
     piece = tl.program_id(0) % (blocks * splits)
     head = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
-    p = (piece // splits) * BP + tl.arange(0, BP)
-    n = (piece % splits) * BN + tl.arange(0, BN)
+    block, split = piece // splits, piece % splits
+    p = block * BP + tl.arange(0, BP)
+    n = split * BN + tl.arange(0, BN)
     row = tl.program_id(2).to(tl.int64)
+    rows = tl.num_programs(2).to(tl.int64)
+    group = head // share
     sequence, begin, count, _, _, place = _bounds(
         table_ptr, row, tl.program_id(1), slots, length, segment, VARLEN
     )
     if sequence < 0:
         return
     at = (place * heads + head) * width * states
-    state = tl.load(
-        edges_ptr + at + p[:, None].to(tl.int64) * states + n[None, :],
-        mask=(p < width)[:, None] & (n < states)[None, :], other=0.0,
-    )  # fmt: skip
+    within = (p < width)[:, None] & (n < states)[None, :]
+    state = tl.zeros((BP, BN), tl.float32)
+    if EDGES:
+        state = tl.load(edges_ptr + at + p[:, None] * states + n[None, :], mask=within, other=0.0)
     i = tl.arange(0, Q)
-    inner = tl.arange(0, BP)[:, None] * BN + tl.arange(0, BN)[None, :]
+    inner = tl.arange(0, BP)[:, None] * NS + n[None, :]
     tokens = (row * heads + head) * length + begin
-    xp = x_ptr + row * (sxb * UNIT) + head * (sxh * UNIT) + begin * (sxl * UNIT)
-    bp = B_ptr + row * (sBb * UNIT) + (head // share) * (sBg * UNIT) + begin * (sBl * UNIT)
+    up = u_ptr + row * (sub * UNIT) + head * (suh * UNIT) + begin * (sul * UNIT)
+    wp = v_ptr + row * (swb * UNIT) + head * (swh * UNIT) + begin * (swl * UNIT)
+    kp = keys_ptr + row * (skb * UNIT) + group * (skg * UNIT) + begin * (skl * UNIT)
+    mp = mates_ptr + row * (smb * UNIT) + group * (smg * UNIT) + begin * (sml * UNIT)
     vp = valid_ptr + row * svb + begin * svl
+    partial = met_ptr + (split * blocks + block) * rows * heads * length + tokens
     chunks = tl.cdiv(count, Q)
     for number in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - number if BACKWARD else number
@@ -107,49 +127,64 @@ def chunk_states(
         ok = inside
         if VALID:
             ok = tl.load(vp + (far + i) * svl, mask=inside, other=0) != 0
-        x = _tokens(xp + far * (sxl * UNIT), sxl * UNIT, ok, i, p, width, WHOLE, WIDE)
-        b = _tokens(bp + far * (sBl * UNIT), sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
+        u = _tokens(up + far * (sul * UNIT), sul * UNIT, ok, i, p, width, WHOLE, WIDE)
+        v = _tokens(wp + far * (swl * UNIT), swl * UNIT, ok, i, p, width, WHOLE, WIDE)
+        keys = _tokens(kp + far * (skl * UNIT), skl * UNIT, ok, i, n, states, WHOLE, WIDE)
+        mates = _tokens(mp + far * (sml * UNIT), sml * UNIT, ok, i, n, states, WHOLE, WIDE)
         end = tl.minimum(start + Q, count) - 1
         sums, rests, total, rest = _sums(sums_ptr, rests_ptr, tokens, t, inside, end)
         whole = _left(total, rest)
-        spot = ((place * (segment // Q) + chunk) * heads + head) * (blocks * splits) + piece
-        tile = spot * (BP * BN)
-        if WIDE:
-            tl.store(states_ptr + tile + inner, state)
-        else:
-            high, low = _halves(state)
-            tl.store(states_ptr + tile + inner, high)
-            tl.store(low_ptr + tile + inner, low)
+        since, until = _left(sums, rests), _left(total - sums, rest - rests)
+        spot = ((place * (segment // Q) + chunk) * heads + head) * blocks + block
+        tile = spot * (BP * NS)
         if BACKWARD:
-            before = tl.load(before_ptr + tile + inner).to(tl.float32)
-            if not WIDE:
-                before += tl.load(before_low_ptr + tile + inner).to(tl.float32)
-            tl.store(met_ptr + spot, tl.sum(tl.sum(before * state, axis=1), axis=0) * whole)
-            weight = tl.where(inside, _left(sums, rests), 0.0)
+            before = tl.load(exact_ptr + tile + inner)
+            tl.store(
+                passed_ptr + spot * splits + split,
+                tl.sum(tl.sum(before * state, axis=1), axis=0) * whole,
+            )
         else:
-            delta = tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
-            weight = delta * _left(total - sums, rest - rests)
-        written = tl.trans(x).to(tl.float32) * weight[None, :]
-        state = _wide_times(written, b, state * whole, WIDE, PRECISE)
+            tl.store(exact_ptr + tile + inner, state)
+        if WIDE:
+            read = tl.dot(mates, tl.trans(state), input_precision=PRECISE)
+            if BACKWARD:
+                tl.store(states_ptr + tile + inner, state)
+        else:
+            high, middle, low = _thirds(state)
+            tl.store(states_ptr + tile + inner, high)
+            read = tl.dot(mates, tl.trans(low))
+            read = tl.dot(mates, tl.trans(middle), read)
+            read = tl.dot(mates, tl.trans(high), read)
+        met = tl.sum(read * v.to(tl.float32), axis=1)
+        if BACKWARD:
+            met *= until
+            weight = tl.where(inside, since, 0.0)
+        else:
+            met *= since
+            weight = until * tl.load(effective_ptr + tokens + t, mask=inside, other=0.0)
+        tl.store(partial + t, met, mask=inside)
+        written = tl.trans(u).to(tl.float32) * weight[None, :]
+        state = _wide_times(written, keys, state * whole, PRECISE)
+    if LAST:
+        tl.store(last_ptr + at + p[:, None] * states + n[None, :], state, mask=within)
 
 
 @_kernel
 def projections(
-    u_ptr, v_ptr, keys_ptr, mates_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
-    states_ptr, low_ptr, out_ptr, met_ptr,
+    u_ptr, v_ptr, keys_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
+    states_ptr, out_ptr,
     sign, length, segment, slots, heads, width, states, share, several,
-    sub, sul, suh, swb, swl, swh, skb, skl, skg, smb, sml, smg, svb, svl,
+    sub, sul, suh, swb, swl, swh, skb, skl, skg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     UNIT: tl.constexpr, WHOLE: tl.constexpr,
-    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C in a chunk: from the state in front of it, and from B within.
 
-    Rows are tokens that read, with dy for u, x for v, B for keys, C for mates. With sign -1 that of
-    B: rows are tokens that are read, with x, dy, C, B and the gradient of the state behind it. What
-    the states do to each token's y, or each token to the state, is left in `met`, Δ left out.
+    Rows are tokens that read, with dy for u, x for v, B for keys. With sign -1 that of B: rows are
+    tokens that are read, with x, dy, C and the gradient of the state behind it.
     """
-    blocks, splits = tl.cdiv(width, BP), tl.cdiv(states, BN)
+    blocks, splits = tl.cdiv(width, BP), NS // BN
     parts = share // several
     steps = segment // Q
     split = tl.program_id(1) % splits
@@ -173,11 +208,9 @@ def projections(
         ok = tl.load(valid_ptr + row * svb + (first + i) * svl, mask=inside, other=0) != 0
     kp = keys_ptr + row * (skb * UNIT) + group * (skg * UNIT) + first * (skl * UNIT)
     keys = _tokens(kp, skl * UNIT, ok, i, n, states, WHOLE, WIDE)
-    mp = mates_ptr + row * (smb * UNIT) + group * (smg * UNIT) + first * (sml * UNIT)
-    mates = _tokens(mp, sml * UNIT, ok, i, n, states, WHOLE, WIDE)
     up = u_ptr + row * (sub * UNIT) + first * (sul * UNIT)
     wp = v_ptr + row * (swb * UNIT) + first * (swl * UNIT)
-    inner = tl.arange(0, BP)[:, None] * BN + tl.arange(0, BN)[None, :]
+    inner = tl.arange(0, BP)[:, None] * NS + n[None, :]
     spots = (place * steps + chunk) * heads
     order = i * sign
     turned = sign < 0
@@ -191,20 +224,12 @@ def projections(
         v = _tokens(wp + head * (swh * UNIT), swl * UNIT, ok, i, p, width, WHOLE, WIDE)
         delta = tl.load(effective_ptr + tokens + i, mask=inside, other=0.0)
         sums, rests, total, rest = _sums(sums_ptr, rests_ptr, tokens, i, inside, last)
-        tile = ((spots + head) * blocks + block) * splits + split
-        state = tl.load(states_ptr + tile * (BP * BN) + inner)
-        if WIDE:
-            read = tl.dot(u, state, input_precision=PRECISE)
-        else:
-            low = tl.load(low_ptr + tile * (BP * BN) + inner)
-            read = tl.dot(u, low)
-            read = tl.dot(u, state, read)
-        factor = _left(tl.where(turned, total - sums, sums), tl.where(turned, rest - rests, rests))
-        met = tl.sum(read * mates.to(tl.float32), axis=1) * factor
-        spot = ((split * blocks + block) * rows * heads * length).to(tl.int64) + tokens
-        tl.store(met_ptr + spot + i, met, mask=inside)
+        tile = ((spots + head) * blocks + block) * (BP * NS)
+        state = tl.load(states_ptr + tile + inner)
+        read = tl.dot(u, state, input_precision=PRECISE)
         scale = tl.where(turned, delta, 1.0)
-        acc += read * (factor * scale)[:, None]
+        log, rest = tl.where(turned, total - sums, sums), tl.where(turned, rest - rests, rests)
+        acc += read * (_left(log, rest) * scale)[:, None]
         pairs = tl.dot(u, tl.trans(v), input_precision=PRECISE)
         log = (pairs * 0.0 + (sums * sign)[:, None]) - (sums * sign)[None, :]
         if WIDE:
@@ -226,13 +251,13 @@ def projections(
 @_kernel
 def inputs_and_decays(
     x_ptr, B_ptr, C_ptr, dy_ptr, D_ptr, valid_ptr, table_ptr,
-    effective_ptr, sums_ptr, rests_ptr, ahead_ptr, across_ptr, stayed_ptr, met_ptr,
+    effective_ptr, sums_ptr, rests_ptr, ahead_ptr, across_ptr, stayed_ptr, passed_ptr,
     dx_ptr, direct_ptr, through_ptr, dD_ptr,
     length, segment, slots, heads, width, states, share, several,
     sxb, sxl, sxh, sBb, sBl, sBg, sCb, sCl, sCg, syb, syl, syh, svb, svl,
     HAS_D: tl.constexpr, VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISE: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
-    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISE: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x, of Δ as a factor and of each token's decay, in a chunk of some heads.
 
@@ -263,7 +288,7 @@ def inputs_and_decays(
     bp = B_ptr + row * (sBb * UNIT) + group * (sBg * UNIT) + first * (sBl * UNIT)
     cp = C_ptr + row * (sCb * UNIT) + group * (sCg * UNIT) + first * (sCl * UNIT)
     products = tl.zeros((Q, Q), tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in tl.static_range(NS // BN):
         n = split * BN + tl.arange(0, BN)
         b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
         c = _tokens(cp, sCl * UNIT, ok, i, n, states, WHOLE, WIDE)
@@ -271,8 +296,10 @@ def inputs_and_decays(
     xp = x_ptr + row * (sxb * UNIT) + first * (sxl * UNIT)
     yp = dy_ptr + row * (syb * UNIT) + first * (syl * UNIT)
     spots = (place * steps + chunk) * heads
-    inner = tl.arange(0, BP)[:, None] * BN + tl.arange(0, BN)[None, :]
+    inner = tl.arange(0, BP)[:, None] * NS + tl.arange(0, BN)[None, :]
     until_read = i[:, None] >= i[None, :]
+    # The interpreter has no products of bfloat16, which can hold 0 and 1 as well as float32.
+    until_read = until_read.to(tl.float32 if PRECISE == "ieee" else tl.bfloat16)
     partial = (block * rows * heads * length).to(tl.int64)
     for number in tl.range(0, several, num_stages=STAGES):
         head = group * share + part * several + number
@@ -281,46 +308,47 @@ def inputs_and_decays(
         dy = _tokens(yp + head * (syh * UNIT), syl * UNIT, ok, i, p, width, WHOLE, WIDE)
         delta = tl.load(effective_ptr + tokens + i, mask=inside, other=0.0)
         sums, rests, total, rest = _sums(sums_ptr, rests_ptr, tokens, i, inside, last)
+        spot = (spots + head) * blocks + block
         into = tl.zeros((Q, BP), tl.float32)
+        for split in tl.static_range(NS // BN):
+            if NS > BN:
+                n = split * BN + tl.arange(0, BN)
+                b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
+            ahead = tl.load(ahead_ptr + spot * (BP * NS) + split * BN + inner)
+            into = tl.dot(b, tl.trans(ahead), into, input_precision=PRECISE)
+        into *= _left(total - sums, rest - rests)[:, None]
         passed = 0.0
         across = tl.zeros((Q,), tl.float32)
         stayed = tl.zeros((Q,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            if SPLITS > 1:
-                n = split * BN + tl.arange(0, BN)
-                b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
-            tile = ((spots + head) * blocks + block) * SPLITS + split
-            ahead = tl.load(ahead_ptr + tile * (BP * BN) + inner)
-            into = tl.dot(b, tl.trans(ahead), into, input_precision=PRECISE)
-            passed += tl.load(met_ptr + tile)
+        for split in tl.static_range(PARTS):
+            passed += tl.load(passed_ptr + spot * PARTS + split)
             of = ((split * blocks + block) * rows * heads * length).to(tl.int64) + tokens + i
             across += tl.load(across_ptr + of, mask=inside, other=0.0)
             stayed += tl.load(stayed_ptr + of, mask=inside, other=0.0)
-        into *= _left(total - sums, rest - rests)[:, None]
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISE)
         log = (pairs * 0.0 + sums[None, :]) - sums[:, None]
         log = (log + rests[None, :]) - rests[:, None]
         weight = tl.where(i[:, None] <= i[None, :], products * tl.exp2(log), 0.0)
         into = tl.dot(weight.to(x.dtype), dy, into, input_precision=PRECISE)
         both = weight * pairs
-        tl.store(direct_ptr + partial + tokens + i, stayed + tl.sum(both, axis=1), mask=inside)
-        # How y changes with the logarithm of a token's decay: by what comes from before it and is
-        # read at it or later; from and in this chunk, or others.
-        left = tl.zeros((Q, Q), tl.float32) + (stayed * delta)[:, None]
-        both = _wide_times(both * delta[:, None], until_read.to(x.dtype), left, WIDE, PRECISE)
-        through = tl.sum(tl.where(i[:, None] < i[None, :], both, 0.0), axis=0)
-        through += tl.cumsum(across, reverse=True) + passed
-        tl.store(through_ptr + partial + tokens + i, through, mask=inside)
         dx = into * delta[:, None]
         if HAS_D:
             dx += dy.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
             own = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), axis=1)
-            tl.store(dD_ptr + (spots + head) * blocks + block, tl.sum(own))
+            tl.store(dD_ptr + spot, tl.sum(own))
         mask = inside[:, None]
         if not WHOLE:
             mask = mask & (p < width)[None, :]
-        spot = dx_ptr + ((row * length + first) * heads + head) * width
         tl.store(
-            spot + (i[:, None] * (heads * width) + p[None, :]),
+            dx_ptr + ((row * length + first) * heads + head) * width
+            + (i[:, None] * (heads * width) + p[None, :]),
             dx.to(dx_ptr.dtype.element_ty), mask=mask,
         )  # fmt: skip
+        tl.store(direct_ptr + partial + tokens + i, stayed + tl.sum(both, axis=1), mask=inside)
+        # How y changes with the logarithm of a token's decay: by what comes from before it and is
+        # read at it or later; from and in this chunk, or others.
+        left = tl.zeros((Q, Q), tl.float32) + (stayed * delta)[:, None]
+        both = _wide_times(both * delta[:, None], until_read, left, PRECISE)
+        through = tl.sum(tl.where(i[:, None] < i[None, :], both, 0.0), axis=0)
+        through += tl.cumsum(across, reverse=True) + passed
+        tl.store(through_ptr + partial + tokens + i, through, mask=inside)

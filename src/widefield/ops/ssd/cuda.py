@@ -305,28 +305,27 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
+def _backward(call: _Call, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     x, B, C, cut = call.x, call.B, call.C, call.cut
     batch, length, heads, width = x.shape
-    states = B.shape[3]
     dy = dy.contiguous()
+    dfinal = None if dfinal is None else dfinal.float().contiguous()
     made = [call.empty(batch, heads, length) for _ in range(3)]
-    dinitial = call.empty(cut.sequences, heads, width, states)
+    dinitial = call.empty(cut.sequences, heads, width, B.shape[3])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(call.delta.shape, dtype=call.delta.dtype, device=x.device)
     by_chunk = call.empty(2, batch, call.chunks, heads).zero_().unbind()
     with torch.cuda.device_of(x):
         call.run_deltas(made)
-        before, kept = call.segment_states(x, B, made, backward=False)
-        behind, _ = call.segment_states(dy, C, made, backward=True)
-        _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
-        _pass(call, behind, kept, dfinal.float().contiguous(), dinitial, backward=True)
-        chunked = _Chunked.of(call, made)
-        before, _ = chunked.states(x, B, before)
-        behind, met = chunked.states(dy, C, behind, before)
-        dC, across = chunked.projections(dy, x, B, C, before, 1)
-        dB, stayed = chunked.projections(x, dy, C, B, behind, -1)
-        *left, dD = chunked.inputs(dy, behind[0], across, stayed, met, dx)
+        chunked, before, behind, last = _Chunked.of(call, made), call.initial, dfinal, dinitial
+        if cut.slots > 1 or cut.table is not None:
+            before, behind = _edges(call, made, dy, dfinal, dinitial)
+            last = None
+        before, across, exact, _ = chunked.states(x, dy, B, C, before)
+        behind, stayed, _, passed = chunked.states(dy, x, C, B, behind, exact, last)
+        dC = chunked.projections(dy, x, B, before, 1)
+        dB = chunked.projections(x, dy, C, behind, -1)
+        *left, dD = chunked.inputs(dy, behind, across, stayed, passed, dx)
         call.run_deltas((made[0], *left), (ddelta, *by_chunk))
     dA, dbias = (t.sum((0, 1)) for t in by_chunk)
     return {
@@ -335,9 +334,15 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _both(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Their upper and lower halves; no kernel reads the lower ones of float32."""
-    return states[0], states[-1]
+def _edges(
+    call: _Call, made: Sequence[Tensor], dy: Tensor, dfinal: Tensor | None, dinitial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state in front of each segment, and its gradient behind it; fills `dinitial`."""
+    before, kept = call.segment_states(call.x, call.B, made, backward=False)
+    behind, _ = call.segment_states(dy, call.C, made, backward=True)
+    _pass(call, before, kept, call.initial, torch.empty_like(dinitial), backward=False)
+    _pass(call, behind, kept, dfinal, dinitial, backward=True)
+    return before, behind
 
 
 @dataclass(frozen=True)
@@ -348,6 +353,7 @@ class _Chunked:
         call: the scan.
         made: Δ and the sums of logarithms of decays.
         tile: channels and states of a tile.
+        narrow: states of a tile where states are walked.
         blocks: tiles along the channels of a head.
         splits: tiles along its states.
     """
@@ -355,6 +361,7 @@ class _Chunked:
     call: _Call
     made: Sequence[Tensor]
     tile: tuple[int, int]
+    narrow: int
     blocks: int
     splits: int
 
@@ -362,18 +369,25 @@ class _Chunked:
     def of(call: _Call, made: Sequence[Tensor]) -> _Chunked:
         width, states = call.x.shape[3], call.B.shape[3]
         if call.x.is_cuda:
-            BP, BN = _TILE
+            BP, BN, narrow = _TILES
         else:
             BP, BN = call.width_tile, min(32, call.states_tile)
-        return _Chunked(call, made, (BP, BN), _parts(width, BP), _parts(states, BN))
+            narrow = BN if call.states_tile == BN else 16
+        return _Chunked(call, made, (BP, BN), narrow, _parts(width, BP), _parts(states, BN))
 
     def settings(self, unit: int, stages: int) -> dict[str, Any]:
         BP, BN = self.tile
         width, states = self.call.x.shape[3], self.call.B.shape[3]
         return self.call.tiles(unit) | {
-            "BP": BP, "BN": BN, "WHOLE": width % BP == 0 and states % BN == 0, "num_warps": 4,
+            "BP": BP, "BN": BN, "NS": self.padded, "num_warps": 4,
+            "WHOLE": width % BP == 0 and states % BN == 0,
             "STAGES": 1 if self.call.tiles(unit)["WIDE"] else stages,
         }  # fmt: skip
+
+    @property
+    def padded(self) -> int:
+        """States, as many as whole tiles hold."""
+        return self.splits * self.tile[1]
 
     @property
     def spots(self) -> tuple[int, int]:
@@ -381,54 +395,57 @@ class _Chunked:
         return self.call.x.shape[0] * self.call.chunks, self.call.x.shape[2]
 
     def states(
-        self, x: Tensor, B: Tensor, edges: Tensor, before: Sequence[Tensor] | None = None
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """The state in front of each chunk; backward, with those, its gradient behind it.
+        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, edges: Tensor | None,
+        exact: Tensor | None = None, last: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The state in front of each chunk, what is read of it, and itself in float32.
 
-        Also how both meet in a chunk, if backward.
+        With the latter, backward: its gradient behind each chunk, what is added to it, and what
+        passes a chunk; where a row is one segment, the gradient in front of all of it is `last`.
         """
         call, cut = self.call, self.call.cut
-        wide = call.tiles(1)["WIDE"]
-        tiles = math.prod(self.spots) * self.blocks * self.splits
-        dtype = torch.float32 if wide else torch.bfloat16
-        found = [
-            torch.empty(tiles * math.prod(self.tile), dtype=dtype, device=x.device)
-            for _ in range(1 if wide else 2)
-        ]
-        met = call.empty(tiles)
-        unit, strides = _in_units(x, B)
-        grid = (x.shape[2] * self.blocks * self.splits, cut.slots, x.shape[0])
-        gradients.chunk_states[grid](
-            x, B, *call.optional(call.inputs.valid, cut.table), *self.made, edges,
-            *_both(found if before is None else before), *_both(found), met,
-            *call.sizes, *strides, *call.valid_strides,
-            BACKWARD=before is not None, **self.settings(unit, 2),
-        )  # fmt: skip
-        return found, met
-
-    def projections(
-        self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, states: Sequence[Tensor], sign: int
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of C, or with sign -1 of B; and what comes of states, a token and head."""
-        call = self.call
         batch, length, heads, _ = u.shape
-        groups = mates.shape[2]
+        backward = exact is not None
+        narrow = self.padded // self.narrow
+        tiles = math.prod(self.spots) * self.blocks
+        wide = call.tiles(1)["WIDE"]
+        exact = call.empty(tiles * self.tile[0] * self.padded) if exact is None else exact
+        states = exact
+        if backward or not wide:
+            states = torch.empty_like(exact, dtype=torch.float32 if wide else torch.bfloat16)
+        met = call.empty(narrow * self.blocks, batch, heads, length)
+        passed = call.empty(tiles * narrow)
+        unit, strides = _in_units(u, v, keys, mates)
+        grid = (heads * self.blocks * narrow, cut.slots, batch)
+        gradients.chunk_states[grid](
+            u, v, keys, mates, *call.optional(call.inputs.valid, cut.table), *self.made,
+            *call.optional(edges), exact, states, met, passed, *call.optional(last),
+            *call.sizes, *strides, *call.valid_strides,
+            EDGES=edges is not None, LAST=last is not None, BACKWARD=backward,
+            **(self.settings(unit, 2) | {"BN": self.narrow}),
+        )  # fmt: skip
+        return states, met, exact, passed
+
+    def projections(self, u: Tensor, v: Tensor, keys: Tensor, states: Tensor, sign: int) -> Tensor:
+        """The gradient of C, or with sign -1 of B."""
+        call = self.call
+        batch, _, heads, _ = u.shape
+        groups = keys.shape[2]
         share = heads // groups
         wanted = 3 * _processors(u.device) // (batch * call.chunks * groups * self.splits)
         parts = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(share, wanted))
-        dtype = mates.dtype if parts == 1 else torch.float32
-        found = torch.empty(parts, *mates.shape, dtype=dtype, device=u.device)
-        met = call.empty(self.splits * self.blocks, batch, heads, length)
-        unit, strides = _in_units(u, v, keys, mates)
+        dtype = keys.dtype if parts == 1 else torch.float32
+        found = torch.empty(parts, *keys.shape, dtype=dtype, device=u.device)
+        unit, strides = _in_units(u, v, keys)
         gradients.projections[(call.chunks, groups * parts * self.splits, batch)](
-            u, v, keys, mates, *call.optional(call.inputs.valid, call.cut.table), *self.made,
-            *_both(states), found, met, sign, *call.sizes, share // parts, *strides,
-            *call.valid_strides, **self.settings(unit, 2),
+            u, v, keys, *call.optional(call.inputs.valid, call.cut.table), *self.made,
+            states, found, sign, *call.sizes, share // parts, *strides, *call.valid_strides,
+            **self.settings(unit, 2),
         )  # fmt: skip
-        return found[0] if parts == 1 else found.sum(0).to(mates.dtype), met
+        return found[0] if parts == 1 else found.sum(0).to(keys.dtype)
 
     def inputs(
-        self, dy: Tensor, behind: Tensor, across: Tensor, stayed: Tensor, met: Tensor, dx: Tensor
+        self, dy: Tensor, behind: Tensor, across: Tensor, stayed: Tensor, passed: Tensor, dx: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fill dx; of each token and head, what the gradients of Δ are made from; and dD."""
         call, x = self.call, self.call.x
@@ -442,9 +459,9 @@ class _Chunked:
         unit, strides = _in_units(x, call.B, call.C, dy)
         gradients.inputs_and_decays[(call.chunks, groups * parts * self.blocks, batch)](
             x, call.B, call.C, dy, *call.optional(call.D, call.inputs.valid, call.cut.table),
-            *self.made, behind, across, stayed, met, dx, direct, through, dD,
+            *self.made, behind, across, stayed, passed, dx, direct, through, dD,
             *call.sizes, share // parts, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, SPLITS=self.splits, **self.settings(unit, 2),
+            HAS_D=call.D is not None, PARTS=self.padded // self.narrow, **self.settings(unit, 2),
         )  # fmt: skip
         return direct, through, dD.sum((0, 2))
 
@@ -473,6 +490,7 @@ class _SSD(torch.autograd.Function):
         tensors = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D}
         inputs = inputs.replace(**tensors, delta_bias=bias, initial_state=initial)
         if any(ctx.needs_input_grad):
+            ctx.set_materialize_grads(False)
             saved = (x, delta, A, B, C, D, bias, initial, inputs.valid, inputs.cu_seqlens)
             ctx.save_for_backward(*saved)
             ctx.plan = plan
@@ -481,8 +499,11 @@ class _SSD(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, delta, A, B, C, D, bias, initial, valid, cu_seqlens = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         softplus, limit = ctx.options
         inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
         found = _backward(_Call.of(inputs, ctx.plan, _SEVERAL_BACKWARD), dy, dfinal)
@@ -547,6 +568,6 @@ def gated_ssd(
 
 _MOST_SEGMENTS = 64
 _SEVERAL_BACKWARD = 4  # segments a multiprocessor
-_TILE = (64, 128)  # channels and states
+_TILES = (64, 128, 64)  # channels and states, and states where they are walked
 # Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
 _EXACT = "bf16x6"
