@@ -102,8 +102,8 @@ def segment_of(processors: int, blocks: int, length: int) -> int:
     chunks = -(-length // _CHUNK)
 
     def cost(slots: int) -> float:
-        # To begin and to end a segment takes about as long as a chunk and a half.
-        return -(-blocks * slots // processors) * (-(-chunks // slots) + 1.5)
+        # What a segment takes beyond its chunks, here and in the pass before, is that of so many.
+        return -(-blocks * slots // processors) * (-(-chunks // slots) + 10)
 
     slots = min(range(1, min(_MOST_SEGMENTS, chunks) + 1), key=cost)
     return _CHUNK * -(-chunks // slots)
