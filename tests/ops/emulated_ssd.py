@@ -15,7 +15,8 @@ _HEADERS = tuple(Path(__file__).with_name(f"emulated_{name}.h") for name in ("cu
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
     "address", "copy16", "copies_commit", "copies_wait", "publish", "meet_group",
-    "read_matrices", "read_turned", "write_matrices", "products_begin", "products_commit", "products_wait", "pin",
+    "read_matrices", "read_turned", "write_matrices", "products_begin", "products_commit",
+    "products_wait", "pin",
     "multiply_tiles",
 )  # fmt: skip
 

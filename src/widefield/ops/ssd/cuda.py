@@ -273,16 +273,13 @@ def _run(
 
 
 def _on_tensor_cores(call: _Call, gate: native.Gate | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, B, cut = call.x, call.B, call.cut
-    batch, length, heads, width = x.shape
-    final = call.empty(cut.sequences, heads, width, B.shape[3])
+    x, B = call.x, call.B
+    batch, length, heads, _ = x.shape
     made = [call.empty(batch, heads, length) for _ in range(3)]
     with torch.cuda.device_of(x):
         call.run_deltas(made)
-        states, kept = call.segment_states(x, B, made, backward=False)
-        _pass(call, states, kept, call.initial, final, backward=False)
-        y, squares = native.outputs(call.inputs, made, states, cut.segment, gate)
-    return y, final, squares
+        passed = call.segment_states(x, B, made, backward=False)
+        return native.outputs(call.inputs, made, passed, call.cut.segment, gate)
 
 
 def _forward(call: _Call) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@
 //   STATES    64 or 128
 //   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
 //   SPLIT     how many warpgroups share the channels of a head
-//   HAS_SKIP  0 or 1
+//   HAS_SKIP HAS_INITIAL  0 or 1
 //   SKIP_KIND GAIN_KIND  see numbers.cuh
 //   HAS_GATE  1: y = (y + D·x) silu(z) gain, and the sums of squares before the gain
 
@@ -37,9 +37,9 @@ constexpr int FLOATS = 4 * CHUNK;         // of a warpgroup: see Walk::spread
 
 struct Parameters {
     const void *x, *B, *C, *z, *skip, *gain;
-    const float *delta, *sums, *states;
+    const float *delta, *sums, *added, *kept, *initial;
     void* y;
-    float* squares;
+    float *squares, *final;
     i64 x_row, x_token, x_head, B_row, B_token, B_group, C_row, C_token, C_group, z_row, z_token,
         z_head;  // strides in bytes
     i64 length;
@@ -169,6 +169,12 @@ __device__ __forceinline__ u64 described(u32 tile) {
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+template <int N>
+__device__ __forceinline__ void scale(float (&d)[N], float by) {
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] *= by;
+}
+
 // Two numbers that lie side by side, the first at an even place.
 template <int KIND>
 __device__ __forceinline__ float2 pair_at(const void* base, i64 index) {
@@ -273,22 +279,47 @@ struct Walk {
             write_float(vector(3) + 4 * thread, delta_next * exp2_fast(near - sum_next));
         }
     }
-    __device__ __forceinline__ const float* state_before() const {
-        i64 at = (row * p.slots + slot) * p.heads + head;
-        return p.states + (at * SPLIT * 64 + channel) * STATES;
-    }
     // A lane's rows of any product are 16 warp + lane / 4 and 8 further, its columns 8 q and up.
     __device__ __forceinline__ int my_row() const { return 16 * warp + lane / 4; }
     __device__ __forceinline__ int my_column() const { return lane % 4 * 2; }
 
-    __device__ __forceinline__ void load_state(float (&state)[32 * HALVES]) const {
-        const float* from = state_before() + my_row() * STATES + my_column();
+    // What lies at a lane's places in 64 x STATES numbers of the head.
+    using State = float[32 * HALVES];
+    __device__ __forceinline__ i64 state_at(i64 number, int q) const {
+        return ((number * p.heads + head) * SPLIT * 64 + channel + my_row()) * STATES + 8 * q + my_column();
+    }
+    __device__ __forceinline__ void add_state(State& state, const float* from, i64 number) const {
 #pragma unroll
         for (int q = 0; q < 8 * HALVES; q++) {
-            float2 upper = *reinterpret_cast<const float2*>(from + 8 * q);
-            float2 lower = *reinterpret_cast<const float2*>(from + 8 * q + 8 * STATES);
-            state[4 * q] = upper.x, state[4 * q + 1] = upper.y;
-            state[4 * q + 2] = lower.x, state[4 * q + 3] = lower.y;
+            const float* at = from + state_at(number, q);
+            float2 upper = *reinterpret_cast<const float2*>(at);
+            float2 lower = *reinterpret_cast<const float2*>(at + 8 * STATES);
+            state[4 * q] += upper.x, state[4 * q + 1] += upper.y;
+            state[4 * q + 2] += lower.x, state[4 * q + 3] += lower.y;
+        }
+    }
+    __device__ __forceinline__ void pass(State& state, int over) const {
+        i64 segment = row * p.slots + over;
+        scale(state, p.kept[segment * p.heads + head]);
+        add_state(state, p.added, segment);
+    }
+    // The state in front of the segment, from what each one before it adds; behind the last of them
+    // the final state goes to memory.
+    __device__ __forceinline__ void begin(State& state) const {
+#pragma unroll
+        for (int i = 0; i < 32 * HALVES; i++) state[i] = 0.0f;
+        if (HAS_INITIAL) add_state(state, p.initial, row);
+        for (int before = 0; before < slot; before++) pass(state, before);
+        if (slot < p.slots - 1) return;
+        State last;
+#pragma unroll
+        for (int i = 0; i < 32 * HALVES; i++) last[i] = state[i];
+        pass(last, slot);
+#pragma unroll
+        for (int q = 0; q < 8 * HALVES; q++) {
+            float* at = p.final + state_at(row, q);
+            *reinterpret_cast<float2*>(at) = make_float2(last[4 * q], last[4 * q + 1]);
+            *reinterpret_cast<float2*>(at + 8 * STATES) = make_float2(last[4 * q + 2], last[4 * q + 3]);
         }
     }
     // Where a lane writes its part of four matrices: 16 rows of its warp, pieces q and q + 1.
@@ -430,12 +461,6 @@ struct Walk {
     }
 };
 
-template <int N>
-__device__ __forceinline__ void scale(float (&d)[N], float by) {
-#pragma unroll
-    for (int i = 0; i < N; i++) d[i] *= by;
-}
-
 template <int WARP>
 __device__ __forceinline__ void weights_of(const Walk& walk, Walk::Decays& decays, float (&scores)[32],
                                            u32 (&weights)[16]) {
@@ -451,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
     float state[32 * HALVES];
     float skip = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, walk.head) : 0.0f;
     walk.fetch(0, 0);
-    walk.load_state(state);
+    walk.begin(state);
     walk.store_tile(walk.state_tile(), state);
     scale(state, exp2_fast(walk.total_next));
     for (int first = 0, stage = 0; first < walk.count; first += CHUNK, stage ^= 1) {
