@@ -56,12 +56,12 @@ class _Parameters(ctypes.Structure):
     )  # fmt: skip
 
 
-def supports(inputs: SSDInputs, z: Tensor | None = None) -> bool:
+def supports(inputs: SSDInputs, gate: Gate | None = None) -> bool:
     """Whether this kernel can make y."""
     x, B, C = inputs.x, inputs.B, inputs.C
     if inputs.valid is not None or inputs.cu_seqlens is not None or not x.is_cuda:
         return False
-    large = [x, B, C] if z is None else [x, B, C, z]
+    large = [x, B, C] if gate is None else [x, B, C, gate.z]
     return (
         x.numel() > 0
         and x.shape[3] % _WIDTH == 0
@@ -69,20 +69,16 @@ def supports(inputs: SSDInputs, z: Tensor | None = None) -> bool:
         and x.shape[0] < 1 << 16
         and all(t.dtype == torch.bfloat16 and _is_aligned(t) for t in large)
         and (inputs.D is None or inputs.D.dtype in _KINDS)
+        and (gate is None or (gate.gain.dtype in _KINDS and gate.gain.data_ptr() % 8 == 0))
         and wants_cuda_cpp()
         and _has_tensor_cores(x.device.index)
     )
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether 8 numbers can be read at once wherever they begin, with 32 bits within a chunk."""
+    """Whether 8 numbers can be read at once wherever they begin."""
     *outer, last = tensor.stride()
-    return (
-        last == 1
-        and all(stride % 8 == 0 for stride in outer)
-        and tensor.data_ptr() % 16 == 0
-        and outer[1] < 1 << 22
-    )
+    return last == 1 and all(s % 8 == 0 for s in outer) and tensor.data_ptr() % 16 == 0
 
 
 @functools.cache

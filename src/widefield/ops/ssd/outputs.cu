@@ -461,86 +461,96 @@ struct Walk {
     }
 };
 
+// d = a bᵀ of two tiles, over all states; as a group of products.
+__device__ __forceinline__ void multiply_by_states(float (&d)[32], u64 a, u64 b) {
+#pragma unroll
+    for (int k = 0; k < 4 * HALVES; k++) {
+        int further = (k / 4 * TILE + k % 4 * 32) >> 4;
+        multiply_tiles(d, a + further, b + further, k > 0);
+    }
+    products_commit();
+}
+// d (+)= a b of a matrix in registers and a tile, over the chunk's tokens.
+template <int N>
+__device__ __forceinline__ void multiply_by_tokens(float (&d)[N], const u32 (&a)[16], u64 b, bool add) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply_turned(d, a + 4 * k, b + (k * 16 * ROW >> 4), add || k > 0);
+    products_commit();
+}
+
 template <int WARP>
-__device__ __forceinline__ void weights_of(const Walk& walk, Walk::Decays& decays, float (&scores)[32],
-                                           u32 (&weights)[16]) {
+__device__ __forceinline__ void weigh_scores(const Walk& walk, Walk::Decays& decays, u32 (&weights)[16],
+                                             float (&scores)[32]) {
     walk.find<WARP>(decays);
     products_wait<2>();
     pin(scores);
     walk.apply<WARP>(weights, scores, decays);
 }
 
+// Starts y as C stateᵀ, and the state behind the chunk; the scores become what the chunk itself adds to y.
+__device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)[32], float (&scores)[32],
+                                         Walk::State& state, Walk::Decays& decays) {
+    u32 written[16], weights[16];
+    u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
+    pin(scores), pin(y);
+    products_begin();
+    multiply_by_states(scores, c, b);
+    multiply_by_states(y, c, described(walk.state_tile()));
+    walk.weigh(written, stage);
+    pin(state);
+    products_begin();
+    multiply_by_tokens(state, written, b, true);
+    switch (walk.warp) {
+        case 0: weigh_scores<0>(walk, decays, weights, scores); break;
+        case 1: weigh_scores<1>(walk, decays, weights, scores); break;
+        case 2: weigh_scores<2>(walk, decays, weights, scores); break;
+        default: weigh_scores<3>(walk, decays, weights, scores);
+    }
+    pin(scores);
+    products_begin();
+    multiply_by_tokens(scores, weights, described(walk.x_tile(stage)), false);
+}
+
+// A chunk of tokens. The state comes in with the decay over this chunk, and goes on with that over the
+// next; the next chunk's numbers come in under it.
+__device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, int first, float skip) {
+    float scores[32], y[32];
+    Walk::Decays decays;
+    multiply(walk, stage, y, scores, state, decays);
+    products_wait<1>();
+    pin(state), pin(y);
+    meet_group(walk.group);  // nobody reads the last state any more
+    walk.store_tile(walk.state_tile(), state);
+    scale(state, exp2_fast(walk.total_next));
+    u32 x[16], z[16];
+    float2 gain[8];
+    if (HAS_SKIP) walk.read_rows(x, walk.x_tile(stage));
+    if (HAS_GATE) walk.read_rows(z, walk.z_tile(stage)), walk.read_gain(gain);
+    products_wait<0>();
+    pin(scores);
+#pragma unroll
+    for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], decays.fall[i / 2 % 2], scores[i]);
+    if (HAS_SKIP) walk.add_skip(y, x, skip);
+    if (HAS_GATE) walk.gate(y, z, gain, first);
+    if (!HAS_GATE) meet_group(walk.group);  // nobody reads x any more
+    walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
     ssd_outputs(const __grid_constant__ Parameters p) {
     Walk walk(p);
-    float state[32 * HALVES];
+    Walk::State state;
     float skip = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, walk.head) : 0.0f;
     walk.fetch(0, 0);
     walk.begin(state);
     walk.store_tile(walk.state_tile(), state);
     scale(state, exp2_fast(walk.total_next));
     for (int first = 0, stage = 0; first < walk.count; first += CHUNK, stage ^= 1) {
-        float scores[32], y[32];
-        u32 written[16], weights[16];
         copies_wait();
         walk.spread();
         publish();
         __syncthreads();
         walk.fetch(first + CHUNK, stage ^ 1);
-
-        u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
-        u64 x = described(walk.x_tile(stage)), s = described(walk.state_tile());
-        pin(scores), pin(y);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4 * HALVES; k++) {
-            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
-            multiply_tiles(scores, c + at, b + at, k > 0);
-        }
-        products_commit();
-#pragma unroll
-        for (int k = 0; k < 4 * HALVES; k++) {
-            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
-            multiply_tiles(y, c + at, s + at, k > 0);
-        }
-        products_commit();
-
-        walk.weigh(written, stage);
-        pin(state);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(state, written + 4 * k, b + (k * 16 * ROW >> 4), 1);
-        products_commit();
-
-        Walk::Decays decays;
-        switch (walk.warp) {
-            case 0: weights_of<0>(walk, decays, scores, weights); break;
-            case 1: weights_of<1>(walk, decays, scores, weights); break;
-            case 2: weights_of<2>(walk, decays, scores, weights); break;
-            default: weights_of<3>(walk, decays, scores, weights);
-        }
-        pin(scores);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(scores, weights + 4 * k, x + (k * 16 * ROW >> 4), k);
-        products_commit();
-
-        products_wait<1>();
-        pin(state), pin(y);
-        meet_group(walk.group);
-        walk.store_tile(walk.state_tile(), state);
-        scale(state, exp2_fast(walk.total_next));
-        u32 own[16], z[16];
-        float2 gain[8];
-        if (HAS_SKIP) walk.read_rows(own, walk.x_tile(stage));
-        if (HAS_GATE) walk.read_rows(z, walk.z_tile(stage)), walk.read_gain(gain);
-        products_wait<0>();
-        pin(scores);
-#pragma unroll
-        for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], decays.fall[i / 2 % 2], scores[i]);
-        if (HAS_SKIP) walk.add_skip(y, own, skip);
-        if (HAS_GATE) walk.gate(y, z, gain, first);
-        if (!HAS_GATE) meet_group(walk.group);
-        walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
+        step(walk, state, stage, first, skip);
     }
 }
