@@ -3,8 +3,11 @@
 static unsigned char* shared_at(unsigned address) {
     return reinterpret_cast<unsigned char*>(emulated_shared) + address;
 }
-static unsigned shared_base() { return 0; }
-static void copy16(unsigned to, const void* from) { std::memcpy(shared_at(to), from, 16); }
+#define shared_memory shared_at(0)
+static unsigned address(unsigned place) { return place; }
+static void copy16(unsigned to, const void* from, int bytes) {
+    std::memset(shared_at(to), 0, 16), std::memcpy(shared_at(to), from, bytes);
+}
 static void copies_commit() {}
 static void copies_wait() {}
 static void publish() {}
@@ -23,11 +26,6 @@ static T read_as(unsigned from) {
     std::memcpy(&r, shared_at(from), sizeof r);
     return r;
 }
-static unsigned read_word(unsigned from) { return read_as<unsigned>(from); }
-static float2 read_pair(unsigned from) { return read_as<float2>(from); }
-static uint4 read_piece(unsigned from) { return read_as<uint4>(from); }
-static void write_float(unsigned to, float v) { std::memcpy(shared_at(to), &v, 4); }
-
 static unsigned pack_bfloat16(float low, float high) {
     return rounded(low, true) | rounded(high, true) << 16;
 }
@@ -43,12 +41,12 @@ static const Warp& with_rows(unsigned row) {
     __syncwarp();
     return warp;
 }
-static void read_matrices(unsigned (&r)[4], unsigned row) {
+static void read_matrices(unsigned* r, unsigned row) {
     const Warp& warp = with_rows(row);
-    for (int m = 0; m < 4; m++) r[m] = read_word(warp.values[8 * m + current % 32 / 4] + current % 4 * 4);
+    for (int m = 0; m < 4; m++) r[m] = read_as<unsigned>(warp.values[8 * m + current % 32 / 4] + current % 4 * 4);
     __syncwarp();
 }
-static void read_turned(unsigned (&r)[4], unsigned row) {
+static void read_turned(unsigned* r, unsigned row) {
     const Warp& warp = with_rows(row);
     for (int m = 0; m < 4; m++) {
         unsigned pair[2];

@@ -14,9 +14,9 @@ from widefield.ops import _nvrtc
 _HEADERS = tuple(Path(__file__).with_name(f"emulated_{name}.h") for name in ("cuda", "ssd"))
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "shared_base", "copy16", "copies_commit", "copies_wait", "publish", "meet_group",
-    "read_word", "read_pair", "read_piece", "write_float", "read_matrices", "read_turned",
-    "write_matrices", "products_begin", "products_commit", "products_wait", "pin",
+    "address", "copy16", "copies_commit", "copies_wait", "publish", "meet_group",
+    "read_matrices", "read_turned", "write_matrices", "products_begin", "products_commit",
+    "products_wait", "pin",
     "multiply_tiles",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ def _translated(source: str, name: str, threads: int, shared: int) -> str:
         r"__device__ __forceinline__ void multiply_turned\(.*?\n\}\n", "", source, flags=re.S
     )
     assert count == 2
+    source = source.replace("extern __shared__ __align__(1024) u8 shared_memory[];", "")
     headers = "\n".join(f'#include "{path.name}"' for path in _HEADERS)
     return f"""{headers}
 {source}

@@ -70,22 +70,21 @@ def strided(inputs: SSDInputs) -> SSDInputs:
     return inputs.replace(**dict(zip(names, shaped, strict=True)))
 
 
-def prepared(inputs: SSDInputs, segment: int) -> tuple[list[Tensor], Tensor]:
-    """What the kernels before this one leave: Δ, sums of decays, states in front of segments."""
-    delta = effective_delta(wide(inputs), None)
-    logs = delta * inputs.A.double() * LOG2E
+def prepared(inputs: SSDInputs, segment: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What the kernels before this one leave: Δ, sums of decays; of segments states and decays."""
+    exact = wide(inputs).replace(initial_state=None)
+    delta = effective_delta(exact, None)
+    logs = delta * exact.A
     starts = range(0, logs.shape[1], segment)
     sums = [c.cumsum(1) for s in starts for c in logs[:, s : s + segment].split(64, 1)]
-    made = [t.transpose(1, 2).float().contiguous() for t in (delta, torch.cat(sums, 1))]
-    states = [inputs.initial_state.double()] if inputs.initial_state is not None else []
+    made = [t.transpose(1, 2).float().contiguous() for t in (delta, LOG2E * torch.cat(sums, 1))]
+    added, kept = [], []
     for start in starts:
         part = slice(start, start + segment)
-        pieces = {n: getattr(wide(inputs), n)[:, part] for n in ("x", "delta", "B", "C")}
-        before = states[-1] if states else None
-        whole = wide(inputs).replace(**pieces, initial_state=before)
-        after = reference.ssd(whole)[1]
-        states += [after] if states else [torch.zeros_like(after), after]
-    return made, torch.stack(states[:-1], 1).float().contiguous()
+        pieces = {n: getattr(exact, n)[:, part] for n in ("x", "delta", "B", "C")}
+        added.append(reference.ssd(exact.replace(**pieces))[1])
+        kept.append(torch.exp(logs[:, part].sum(1)))
+    return made, [torch.stack(each, 1).float().contiguous() for each in (added, kept)]
 
 
 def normed(y: Tensor, squares: Tensor) -> Tensor:
@@ -98,9 +97,9 @@ def normed(y: Tensor, squares: Tensor) -> Tensor:
 def assert_y_is_exact(
     inputs: SSDInputs, gate: native.Gate | None, segment: int, columns: int
 ) -> None:
-    made, states = prepared(inputs, segment)
-    y, squares = native.outputs(inputs, made, states, segment, gate, columns)
-    truth, _ = reference.ssd(wide(inputs))
+    y, final, squares = native.outputs(inputs, *prepared(inputs, segment), segment, gate, columns)
+    truth, state = reference.ssd(wide(inputs))
+    assert error(final, state) <= 3e-7
     same, _ = reference.ssd(inputs)
     if gate is not None:
         same, near = reference.gated(same, gate.z, gate.gain)

@@ -58,7 +58,7 @@ def gates_in_the_scan(
         return False
     from widefield.ops.ssd import cuda
 
-    return cuda.gates(inputs, z)
+    return cuda.gates(inputs, z, gain)
 
 
 def gated_ssd(

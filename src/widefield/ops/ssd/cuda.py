@@ -1,4 +1,4 @@
-"""The scan of Mamba-2 on a GPU, in Triton.
+"""The scan of Mamba-2 on a GPU, in Triton; on Hopper y comes from `native`.
 
 A sequence is cut into segments, so many that every multiprocessor has some; one program walks a
 segment of one head in chunks and keeps the float32 state in registers. So the state in front of
@@ -263,7 +263,7 @@ def _run(
     inputs: SSDInputs, plan: LayerPlan, gate: native.Gate | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with a gate the sums of squares."""
-    if not native.supports(inputs, None if gate is None else gate.z):
+    if not native.supports(inputs, gate):
         return (*_forward(_Call.of(inputs, plan)), None)
     batch, length, heads, width = inputs.x.shape
     blocks = batch * heads * _parts(width, 64) // native.COLUMNS
@@ -273,16 +273,13 @@ def _run(
 
 
 def _on_tensor_cores(call: _Call, gate: native.Gate | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, B, cut = call.x, call.B, call.cut
-    batch, length, heads, width = x.shape
-    final = call.empty(cut.sequences, heads, width, B.shape[3])
+    x, B = call.x, call.B
+    batch, length, heads, _ = x.shape
     made = [call.empty(batch, heads, length) for _ in range(3)]
     with torch.cuda.device_of(x):
         call.run_deltas(made)
-        states, kept = call.segment_states(x, B, made, backward=False)
-        _pass(call, states, kept, call.initial, final, backward=False)
-        y, squares = native.outputs(call.inputs, made, states, cut.segment, gate)
-    return y, final, squares
+        passed = call.segment_states(x, B, made, backward=False)
+        return native.outputs(call.inputs, made, passed, call.cut.segment, gate)
 
 
 def _forward(call: _Call) -> tuple[Tensor, Tensor]:
@@ -542,9 +539,9 @@ def ssd(inputs: SSDInputs, plan: LayerPlan | None = None) -> tuple[Tensor, Tenso
     return y, final
 
 
-def gates(inputs: SSDInputs, z: Tensor) -> bool:
+def gates(inputs: SSDInputs, z: Tensor, gain: Tensor) -> bool:
     """Whether `gated_ssd` can run these."""
-    return native.supports(inputs, z)
+    return native.supports(inputs, native.Gate(z, gain))
 
 
 def gated_ssd(

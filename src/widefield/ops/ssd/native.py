@@ -46,7 +46,8 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "x", "B", "C", "z", "skip", "gain", "delta", "sums", "states", "y", "squares",
+            "x", "B", "C", "z", "skip", "gain", "delta", "sums", "added", "kept", "initial", "y",
+            "squares", "final",
         )),
         *((f"{name}_{step}", ctypes.c_longlong) for name in ("x", "B", "C", "z")
           for step in ("row", "token", "head")),
@@ -55,12 +56,12 @@ class _Parameters(ctypes.Structure):
     )  # fmt: skip
 
 
-def supports(inputs: SSDInputs, z: Tensor | None = None) -> bool:
+def supports(inputs: SSDInputs, gate: Gate | None = None) -> bool:
     """Whether this kernel can make y."""
     x, B, C = inputs.x, inputs.B, inputs.C
     if inputs.valid is not None or inputs.cu_seqlens is not None or not x.is_cuda:
         return False
-    large = [x, B, C] if z is None else [x, B, C, z]
+    large = [x, B, C] if gate is None else [x, B, C, gate.z]
     return (
         x.numel() > 0
         and x.shape[3] % _WIDTH == 0
@@ -68,20 +69,16 @@ def supports(inputs: SSDInputs, z: Tensor | None = None) -> bool:
         and x.shape[0] < 1 << 16
         and all(t.dtype == torch.bfloat16 and _is_aligned(t) for t in large)
         and (inputs.D is None or inputs.D.dtype in _KINDS)
+        and (gate is None or (gate.gain.dtype in _KINDS and gate.gain.data_ptr() % 8 == 0))
         and wants_cuda_cpp()
         and _has_tensor_cores(x.device.index)
     )
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether 8 numbers can be read at once wherever they begin, with 32 bits within a chunk."""
+    """Whether 8 numbers can be read at once wherever they begin."""
     *outer, last = tensor.stride()
-    return (
-        last == 1
-        and all(stride % 8 == 0 for stride in outer)
-        and tensor.data_ptr() % 16 == 0
-        and outer[1] < 1 << 22
-    )
+    return last == 1 and all(s % 8 == 0 for s in outer) and tensor.data_ptr() % 16 == 0
 
 
 @functools.cache
@@ -102,8 +99,8 @@ def segment_of(processors: int, blocks: int, length: int) -> int:
     chunks = -(-length // _CHUNK)
 
     def cost(slots: int) -> float:
-        # To begin and to end a segment takes about as long as a chunk and a half.
-        return -(-blocks * slots // processors) * (-(-chunks // slots) + 1.5)
+        # What a segment takes beyond its chunks, here and in the pass before, is that of so many.
+        return -(-blocks * slots // processors) * (-(-chunks // slots) + 10)
 
     slots = min(range(1, min(_MOST_SEGMENTS, chunks) + 1), key=cost)
     return _CHUNK * -(-chunks // slots)
@@ -112,38 +109,39 @@ def segment_of(processors: int, blocks: int, length: int) -> int:
 def outputs(
     inputs: SSDInputs,
     made: Sequence[Tensor],
-    states: Tensor,
+    passed: Sequence[Tensor],
     segment: int,
     gate: Gate | None,
     columns: int = COLUMNS,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run it.
 
     Args:
         inputs: what the scan reads.
         made: Δ and the sums of logarithms of decays since each chunk's start, (B, H, L), float32.
-        states: (B, segments, H, P, N) float32 in front of each segment.
+        passed: what each segment adds to the state, (B, segments, H, P, N), and what it leaves of
+            the state before, (B, segments, H), float32.
         segment: tokens of a segment.
         gate: what y passes through, or None.
         columns: warpgroups of a block.
 
     Returns:
-        y, and with a gate the sums of squares (B, L, parts).
+        y, the final state, and with a gate the sums of squares (B, L, parts).
     """
     x, B, C = inputs.x, inputs.B, inputs.C
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     split = width // _WIDTH
-    skip = None if inputs.D is None else inputs.D.contiguous()
-    z, gain = (None, None) if gate is None else (gate.z, gate.gain.contiguous())
+    skip, initial = _plain(inputs.D), _plain(inputs.initial_state, torch.float32)
+    z, gain = (None, None) if gate is None else (gate.z, _plain(gate.gain))
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    squares = None
-    if gate is not None:
-        shape = (batch, length, heads * split)
-        squares = torch.empty(shape, dtype=torch.float32, device=x.device)
-    kernel = _kernel(x.device.index, size, columns, split, _kind(skip), _kind(gain))
-    slots = states.shape[1]
-    pointers = (x, B, C, z, skip, gain, *made[:2], states, y, squares)
+    final = empty(batch, heads, width, size)
+    squares = None if gate is None else empty(batch, length, heads * split)
+    kinds = (_kind(skip), _kind(gain))
+    kernel = _kernel(x.device.index, size, columns, split, *kinds, initial is not None)
+    slots = passed[1].shape[1]
+    pointers = (x, B, C, z, skip, gain, *made[:2], *passed, initial, y, squares, final)
     kernel.launch(
         (heads * split // columns, slots, batch),
         _Parameters(
@@ -152,7 +150,11 @@ def outputs(
             *(length, segment, slots, heads, heads // groups),
         ),
     )
-    return y, squares
+    return y, final, squares
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
 def _kind(tensor: Tensor | None) -> int | None:
@@ -165,14 +167,20 @@ def _outer(tensor: Tensor | None) -> Any:
 
 @functools.cache
 def _kernel(
-    device: int | None, states: int, columns: int, split: int, skip: int | None, gain: int | None
+    device: int | None,
+    states: int,
+    columns: int,
+    split: int,
+    skip: int | None,
+    gain: int | None,
+    initial: bool,
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     halves, gated = states // 64, gain is not None
     stage = _TILE * (2 * halves + (1 + gated) * columns)
     macros = {
         "STATES": states, "COLUMNS": columns, "SPLIT": split,
-        "HAS_SKIP": skip is not None, "SKIP_KIND": skip or 0,
+        "HAS_SKIP": skip is not None, "SKIP_KIND": skip or 0, "HAS_INITIAL": initial,
         "HAS_GATE": gated, "GAIN_KIND": gain or 0,
     }  # fmt: skip
     shared = 2 * stage + (_TILE * halves + 4 * 4 * _CHUNK) * columns

@@ -17,7 +17,7 @@
 //   STATES    64 or 128
 //   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
 //   SPLIT     how many warpgroups share the channels of a head
-//   HAS_SKIP  0 or 1
+//   HAS_SKIP HAS_INITIAL  0 or 1
 //   SKIP_KIND GAIN_KIND  see numbers.cuh
 //   HAS_GATE  1: y = (y + D·x) silu(z) gain, and the sums of squares before the gain
 
@@ -28,6 +28,7 @@ constexpr int CHUNK = 64;
 constexpr int ROW = 128;                  // bytes of a row of 64 numbers
 constexpr int TILE = CHUNK * ROW;         // bytes of 64 such rows
 constexpr int HALVES = STATES / 64;
+constexpr int PIECES = 8 * HALVES;        // of 16 bytes, of a token's B or C
 constexpr int THREADS = 128 * COLUMNS;
 constexpr int STAGE = TILE * (2 * HALVES + (1 + HAS_GATE) * COLUMNS);
 constexpr int STATE = 2 * STAGE;          // where the copies of the states begin
@@ -36,9 +37,9 @@ constexpr int FLOATS = 4 * CHUNK;         // of a warpgroup: see Walk::spread
 
 struct Parameters {
     const void *x, *B, *C, *z, *skip, *gain;
-    const float *delta, *sums, *states;
+    const float *delta, *sums, *added, *kept, *initial;
     void* y;
-    float* squares;
+    float *squares, *final;
     i64 x_row, x_token, x_head, B_row, B_token, B_group, C_row, C_token, C_group, z_row, z_token,
         z_head;  // strides in bytes
     i64 length;
@@ -47,12 +48,23 @@ struct Parameters {
 
 // ---- PTX ------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 shared_base() {
-    extern __shared__ __align__(1024) u8 memory[];
-    return static_cast<u32>(__cvta_generic_to_shared(memory));
+extern __shared__ __align__(1024) u8 shared_memory[];
+
+// Places in shared memory are offsets in it; PTX wants addresses.
+__device__ __forceinline__ u32 address(u32 place) {
+    return static_cast<u32>(__cvta_generic_to_shared(shared_memory)) + place;
 }
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+template <typename T>
+__device__ __forceinline__ T read(u32 place) {
+    return *reinterpret_cast<const T*>(shared_memory + place);
+}
+__device__ __forceinline__ void write_float(u32 place, float v) {
+    *reinterpret_cast<float*>(shared_memory + place) = v;
+}
+// 16 bytes, which need not be there before copies_wait(); zeros instead if BYTES are 0.
+__device__ __forceinline__ void copy16(u32 place, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(place)), "l"(from),
+                 "r"(bytes));
 }
 __device__ __forceinline__ void copies_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -67,65 +79,38 @@ __device__ __forceinline__ void publish() {
 __device__ __forceinline__ void meet_group(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
-__device__ __forceinline__ u32 read_word(u32 from) {
-    u32 r;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
-    return r;
-}
-__device__ __forceinline__ float read_float(u32 from) {
-    return __uint_as_float(read_word(from));
-}
-__device__ __forceinline__ float2 read_pair(u32 from) {
-    float2 r;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(from) : "memory");
-    return r;
-}
-__device__ __forceinline__ uint4 read_piece(u32 from) {
-    uint4 r;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-                 : "r"(from)
-                 : "memory");
-    return r;
-}
-__device__ __forceinline__ void write_float(u32 to, float v) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
-}
-// Four matrices of 8 x 8 numbers; a lane gives the address of a row of one of them.
-__device__ __forceinline__ void read_turned(u32 (&r)[4], u32 row) {
+// Four matrices of 8 x 8 numbers; a lane gives the place of a row of one of them.
+__device__ __forceinline__ void read_turned(u32* r, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(row)
-                 : "memory");
+                 : "r"(address(row)));
 }
-__device__ __forceinline__ void read_matrices(u32 (&r)[4], u32 row) {
+__device__ __forceinline__ void read_matrices(u32* r, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(row)
-                 : "memory");
+                 : "r"(address(row)));
 }
 __device__ __forceinline__ void write_matrices(u32 row, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(row)),
+                 "r"(a), "r"(b), "r"(c), "r"(d));
 }
 
 __device__ __forceinline__ void products_begin() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.fence.sync.aligned;");
 }
 __device__ __forceinline__ void products_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;");
 }
 // Until all but LEFT of the committed products are there.
 template <int LEFT>
 __device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT));
 }
 // The compiler must not use them earlier, nor change them later, than where this stands.
 template <int N>
 __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]));
 }
 
 #define D8(d, i) \
@@ -177,27 +162,40 @@ __device__ __forceinline__ u32 spot(int row, int piece) {
 
 // How the tensor cores find a tile: 8 rows are 1,024 bytes, tiles side by side are TILE bytes apart.
 __device__ __forceinline__ u64 described(u32 tile) {
-    return static_cast<u64>((tile & 0x3ffff) >> 4) | static_cast<u64>(TILE >> 4) << 16 |
+    return static_cast<u64>((address(tile) & 0x3ffff) >> 4) | static_cast<u64>(TILE >> 4) << 16 |
            static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
 }
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+template <int N>
+__device__ __forceinline__ void scale(float (&d)[N], float by) {
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] *= by;
+}
+
+// Two numbers that lie side by side, the first at an even place.
+template <int KIND>
+__device__ __forceinline__ float2 pair_at(const void* base, i64 index) {
+    if (KIND == 0) return static_cast<const float2*>(base)[index / 2];
+    u32 pair = static_cast<const u32*>(base)[index / 2];
+    return make_float2(widen<KIND>(pair & 0xffff), widen<KIND>(pair >> 16));
+}
+
 // ---- a block --------------------------------------------------------------------------------------
 
 struct Walk {
     const Parameters& p;
-    u32 base;
     int thread, group, warp, lane;  // thread and warp of the warpgroup
     i64 row, head;
     int channel, slot, count;       // first channel of the head; tokens of the segment
-    const u8 *x, *z, *B, *C;        // of the segment
+    const u8 *x, *z, *B, *C;        // the next piece of each that this thread fetches
+    u8* y;                          // and writes
     const float *delta, *sums;
     float sum_next, delta_next, total_next;
 
     __device__ __forceinline__ Walk(const Parameters& q) : p(q) {
-        base = shared_base();
         thread = threadIdx.x % 128, group = threadIdx.x / 128;
         warp = thread / 32, lane = thread % 32;
         int column = blockIdx.x * COLUMNS + group;
@@ -206,59 +204,63 @@ struct Walk {
         i64 begin = static_cast<i64>(slot) * p.segment;
         i64 left = p.length - begin;
         count = left < p.segment ? static_cast<int>(left) : p.segment;
-        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head + begin * p.x_token + 2 * channel;
-        if (HAS_GATE)
-            z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head + begin * p.z_token + 2 * channel;
         i64 of = blockIdx.x * COLUMNS / SPLIT / p.share;
-        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + begin * p.B_token;
-        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + begin * p.C_token;
+        int t = thread / 8, piece = thread % 8 * 16 + 2 * channel;
+        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head + (begin + t) * p.x_token + piece;
+        if (HAS_GATE)
+            z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head + (begin + t) * p.z_token + piece;
+        t = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
+        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * p.B_token + piece;
+        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * p.C_token + piece;
+        t = 16 * warp + lane / 8;
+        y = static_cast<u8*>(p.y) + ((row * p.length + begin + t) * p.heads + head) * (SPLIT * ROW) +
+            lane % 8 * 16 + 2 * channel;
         delta = p.delta + (row * p.heads + head) * p.length + begin;
         sums = p.sums + (row * p.heads + head) * p.length + begin;
     }
-    __device__ __forceinline__ u32 b_tile(int stage) const { return base + stage * STAGE; }
+    __device__ __forceinline__ u32 b_tile(int stage) const { return stage * STAGE; }
     __device__ __forceinline__ u32 c_tile(int stage) const { return b_tile(stage) + TILE * HALVES; }
     __device__ __forceinline__ u32 x_tile(int stage) const {
         return b_tile(stage) + TILE * (2 * HALVES + group);
     }
     __device__ __forceinline__ u32 z_tile(int stage) const { return x_tile(stage) + TILE * COLUMNS; }
-    __device__ __forceinline__ u32 state_tile() const { return base + STATE + TILE * HALVES * group; }
+    __device__ __forceinline__ u32 state_tile() const { return STATE + TILE * HALVES * group; }
     __device__ __forceinline__ u32 vector(int which) const {
-        return base + VECTORS + 4 * (FLOATS * group + CHUNK * which);
+        return VECTORS + 4 * (FLOATS * group + CHUNK * which);
     }
 
-    // Of a tile of tokens and so many pieces each, in turns of STEP threads. Rows behind the last token
-    // are that token's; their Δ is 0.
-    template <bool WHOLE, int PIECES, int STEP>
-    __device__ __forceinline__ void fetch_tile(u32 to, const u8* from, i64 token, int first, int self,
-                                               int left) const {
-        constexpr int ROWS = STEP / PIECES;  // a multiple of 8: pieces stay where they are in a row
-        static_assert(STEP % PIECES == 0 && ROWS % 8 == 0, "turns do not fit");
-        int t = self / PIECES, piece = self % PIECES;
+    // Of a tile of tokens and so many pieces each, in turns of STEP threads; zeros behind the last
+    // token. The thread's piece moves on to the next chunk.
+    template <bool WHOLE, int WIDE, int STEP>
+    __device__ __forceinline__ void fetch_tile(u32 to, const u8*& from, i64 token, int self, int left) {
+        constexpr int ROWS = STEP / WIDE;  // a multiple of 8: pieces stay where they are in a row
+        static_assert(STEP % WIDE == 0 && ROWS % 8 == 0, "turns do not fit");
+        int t = self / WIDE, piece = self % WIDE;
         to += TILE * (piece / 8) + spot(t, piece % 8);
-        from += first * token + piece * 16;
+        const u8* next = from;
 #pragma unroll
         for (int turn = 0; turn < (CHUNK + ROWS - 1) / ROWS; turn++, t += ROWS) {
             if (CHUNK % ROWS != 0 && t >= CHUNK) break;
-            i64 there = WHOLE ? t : min(t, left - 1);
-            copy16(to + turn * ROWS * ROW, from + there * static_cast<int>(token));
+            copy16(to + turn * ROWS * ROW, next, WHOLE || t < left ? 16 : 0);
+            next += ROWS * token;
         }
+        from += CHUNK * token;
     }
     template <bool WHOLE>
-    __device__ __forceinline__ void fetch_tiles(int first, int stage, int left) const {
-        constexpr int PIECES = 8 * HALVES;
-        fetch_tile<WHOLE, PIECES, THREADS>(b_tile(stage), B, p.B_token, first, threadIdx.x, left);
-        fetch_tile<WHOLE, PIECES, THREADS>(c_tile(stage), C, p.C_token, first, threadIdx.x, left);
-        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, first, thread, left);
-        if (HAS_GATE) fetch_tile<WHOLE, 8, 128>(z_tile(stage), z, p.z_token, first, thread, left);
+    __device__ __forceinline__ void fetch_tiles(int stage, int left) {
+        fetch_tile<WHOLE, PIECES, THREADS>(b_tile(stage), B, p.B_token, threadIdx.x, left);
+        fetch_tile<WHOLE, PIECES, THREADS>(c_tile(stage), C, p.C_token, threadIdx.x, left);
+        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, thread, left);
+        if (HAS_GATE) fetch_tile<WHOLE, 8, 128>(z_tile(stage), z, p.z_token, thread, left);
     }
     // What a chunk needs, into a stage; its vectors into registers.
     __device__ __forceinline__ void fetch(int first, int stage) {
         int left = count - first;
         if (left > 0) {
             if (left >= CHUNK)
-                fetch_tiles<true>(first, stage, left);
+                fetch_tiles<true>(stage, left);
             else
-                fetch_tiles<false>(first, stage, left);
+                fetch_tiles<false>(stage, left);
             bool inside = thread < left && thread < CHUNK;
             sum_next = inside ? sums[first + thread] : 0.0f;
             delta_next = inside ? delta[first + thread] : 0.0f;
@@ -277,22 +279,47 @@ struct Walk {
             write_float(vector(3) + 4 * thread, delta_next * exp2_fast(near - sum_next));
         }
     }
-    __device__ __forceinline__ const float* state_before() const {
-        i64 at = (row * p.slots + slot) * p.heads + head;
-        return p.states + (at * SPLIT * 64 + channel) * STATES;
-    }
     // A lane's rows of any product are 16 warp + lane / 4 and 8 further, its columns 8 q and up.
     __device__ __forceinline__ int my_row() const { return 16 * warp + lane / 4; }
     __device__ __forceinline__ int my_column() const { return lane % 4 * 2; }
 
-    __device__ __forceinline__ void load_state(float (&state)[32 * HALVES]) const {
-        const float* from = state_before() + my_row() * STATES + my_column();
+    // What lies at a lane's places in 64 x STATES numbers of the head.
+    using State = float[32 * HALVES];
+    __device__ __forceinline__ i64 state_at(i64 number, int q) const {
+        return ((number * p.heads + head) * SPLIT * 64 + channel + my_row()) * STATES + 8 * q + my_column();
+    }
+    __device__ __forceinline__ void add_state(State& state, const float* from, i64 number) const {
 #pragma unroll
         for (int q = 0; q < 8 * HALVES; q++) {
-            float2 upper = *reinterpret_cast<const float2*>(from + 8 * q);
-            float2 lower = *reinterpret_cast<const float2*>(from + 8 * q + 8 * STATES);
-            state[4 * q] = upper.x, state[4 * q + 1] = upper.y;
-            state[4 * q + 2] = lower.x, state[4 * q + 3] = lower.y;
+            const float* at = from + state_at(number, q);
+            float2 upper = *reinterpret_cast<const float2*>(at);
+            float2 lower = *reinterpret_cast<const float2*>(at + 8 * STATES);
+            state[4 * q] += upper.x, state[4 * q + 1] += upper.y;
+            state[4 * q + 2] += lower.x, state[4 * q + 3] += lower.y;
+        }
+    }
+    __device__ __forceinline__ void pass(State& state, int over) const {
+        i64 segment = row * p.slots + over;
+        scale(state, p.kept[segment * p.heads + head]);
+        add_state(state, p.added, segment);
+    }
+    // The state in front of the segment, from what each one before it adds; behind the last of them
+    // the final state goes to memory.
+    __device__ __forceinline__ void begin(State& state) const {
+#pragma unroll
+        for (int i = 0; i < 32 * HALVES; i++) state[i] = 0.0f;
+        if (HAS_INITIAL) add_state(state, p.initial, row);
+        for (int before = 0; before < slot; before++) pass(state, before);
+        if (slot < p.slots - 1) return;
+        State last;
+#pragma unroll
+        for (int i = 0; i < 32 * HALVES; i++) last[i] = state[i];
+        pass(last, slot);
+#pragma unroll
+        for (int q = 0; q < 8 * HALVES; q++) {
+            float* at = p.final + state_at(row, q);
+            *reinterpret_cast<float2*>(at) = make_float2(last[4 * q], last[4 * q + 1]);
+            *reinterpret_cast<float2*>(at + 8 * STATES) = make_float2(last[4 * q + 2], last[4 * q + 3]);
         }
     }
     // Where a lane writes its part of four matrices: 16 rows of its warp, pieces q and q + 1.
@@ -313,91 +340,99 @@ struct Walk {
     __device__ __forceinline__ void weigh(u32 (&written)[16], int stage) const {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            u32 part[4];
             // Matrices: tokens 16 k and up, channels 16 warp and up; then 8 channels further; then
             // both 8 tokens further.
             int t = 16 * k + lane % 8 + lane / 16 * 8;
-            read_turned(part, x_tile(stage) + spot(t, 2 * warp + lane / 8 % 2));
-            float2 early = read_pair(vector(2) + 4 * (16 * k + my_column()));
-            float2 late = read_pair(vector(2) + 4 * (16 * k + 8 + my_column()));
+            read_turned(written + 4 * k, x_tile(stage) + spot(t, 2 * warp + lane / 8 % 2));
+        }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float2 w = i < 2 ? early : late;
-                written[4 * k + i] = pack_bfloat16(low(part[i]) * w.x, high(part[i]) * w.y);
-            }
+        for (int i = 0; i < 16; i++) {
+            float2 w = read<float2>(vector(2) + 4 * (16 * (i / 4) + i % 4 / 2 * 8 + my_column()));
+            written[i] = pack_bfloat16(low(written[i]) * w.x, high(written[i]) * w.y);
         }
     }
-    // The scores become what multiplies x: with decays and Δ, and 0 for tokens that come later. From
-    // 16 tokens to later ones the decay is that to the end of the 16 times that from there.
-    __device__ __forceinline__ void decay(u32 (&weights)[16], const float (&scores)[32], float upper,
-                                          float lower) const {
+    // What the scores are multiplied with: Δ and decays. From 16 tokens to later ones the decay is
+    // that to the end of the 16 times that from there.
+    struct Decays {
+        float early[4][8];  // from the 16 tokens before the warp's own, in the order of the scores
+        float own[6];       // among its own, without those that are never read
+        float fall[2];      // from the chunk's start to the lane's two rows
+    };
+    template <int WARP>
+    __device__ __forceinline__ void find(Decays& d) const {
+        float upper = read<float>(vector(0) + 4 * my_row());
+        float lower = read<float>(vector(0) + 4 * my_row() + 32);
+#pragma unroll
+        for (int k = 0; k < WARP; k++) {
+            float end = read<float>(vector(0) + 4 * (16 * k + 15));
+            float above = exp2_fast(upper - end), below = exp2_fast(lower - end);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float2 w = read<float2>(vector(3) + 4 * (16 * k + 8 * h + my_column()));
+                d.early[k][4 * h] = above * w.x, d.early[k][4 * h + 1] = above * w.y;
+                d.early[k][4 * h + 2] = below * w.x, d.early[k][4 * h + 3] = below * w.y;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int j = 4 * (16 * WARP + 8 * h + my_column());
+            float2 s = read<float2>(vector(0) + j), w = read<float2>(vector(1) + j);
+            if (h == 0) d.own[0] = exp2_fast(upper - s.x) * w.x, d.own[1] = exp2_fast(upper - s.y) * w.y;
+            d.own[2 + 2 * h] = exp2_fast(lower - s.x) * w.x;
+            d.own[3 + 2 * h] = exp2_fast(lower - s.y) * w.y;
+        }
+        d.fall[0] = exp2_fast(upper), d.fall[1] = exp2_fast(lower);
+    }
+    // The scores become what multiplies x; 0 for tokens that come later.
+    template <int WARP>
+    __device__ __forceinline__ void apply(u32 (&weights)[16], const float (&scores)[32],
+                                          const Decays& d) const {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             u32* to = weights + 4 * k;
             const float* v = scores + 8 * k;
-            if (k < warp) {
-                float end = read_float(vector(0) + 4 * (16 * k + 15));
-                float above = exp2_fast(upper - end), below = exp2_fast(lower - end);
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float2 w = read_pair(vector(3) + 4 * (16 * k + 8 * h + my_column()));
-                    const float* u = v + 4 * h;
-                    to[2 * h] = pack_bfloat16(u[0] * (above * w.x), u[1] * (above * w.y));
-                    to[2 * h + 1] = pack_bfloat16(u[2] * (below * w.x), u[3] * (below * w.y));
-                }
-            } else if (k == warp) {
-                int i = lane / 4, j = my_column();
-                to[0] = both(v, upper, k, 0, j <= i, j < i);
-                to[1] = both(v + 2, lower, k, 0, true, true);
-                to[2] = 0;
-                to[3] = both(v + 6, lower, k, 8, j <= i, j < i);
-            } else {
-                to[0] = to[1] = to[2] = to[3] = 0;
+            for (int i = 0; i < 4; i++)
+                to[i] = k < WARP ? pack_bfloat16(v[2 * i] * d.early[k % 4][2 * i],
+                                                 v[2 * i + 1] * d.early[k % 4][2 * i + 1])
+                                 : 0;
+            if (k == WARP) {
+                bool first = my_column() <= lane / 4, second = my_column() < lane / 4;
+                to[0] = pack_bfloat16(first ? v[0] * d.own[0] : 0.0f, second ? v[1] * d.own[1] : 0.0f);
+                to[1] = pack_bfloat16(v[2] * d.own[2], v[3] * d.own[3]);
+                to[3] = pack_bfloat16(first ? v[6] * d.own[4] : 0.0f, second ? v[7] * d.own[5] : 0.0f);
             }
         }
     }
-    __device__ __forceinline__ u32 both(const float* score, float sum, int k, int further, bool first,
-                                        bool second) const {
-        int j = 16 * k + further + my_column();
-        float2 s = read_pair(vector(0) + 4 * j), d = read_pair(vector(1) + 4 * j);
-        float a = score[0] * (exp2_fast(sum - s.x) * d.x);
-        float b = score[1] * (exp2_fast(sum - s.y) * d.y);
-        return pack_bfloat16(first ? a : 0.0f, second ? b : 0.0f);
+    // The warp's own rows of a tile, in the order of products.
+    __device__ __forceinline__ void read_rows(u32 (&pairs)[16], u32 tile) const {
+#pragma unroll
+        for (int q = 0; q < 8; q += 2) read_matrices(pairs + 2 * q, tile + corner(q));
     }
-    __device__ __forceinline__ void add_skip(float (&y)[32], int stage, float skip) const {
+    static __device__ __forceinline__ void add_skip(float (&y)[32], const u32 (&x)[16], float skip) {
 #pragma unroll
-        for (int q = 0; q < 8; q += 2) {
-            u32 pairs[4];
-            read_matrices(pairs, x_tile(stage) + corner(q));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                y[4 * q + 2 * i] = fmaf(low(pairs[i]), skip, y[4 * q + 2 * i]);
-                y[4 * q + 2 * i + 1] = fmaf(high(pairs[i]), skip, y[4 * q + 2 * i + 1]);
-            }
+        for (int i = 0; i < 16; i++) {
+            y[2 * i] = fmaf(low(x[i]), skip, y[2 * i]);
+            y[2 * i + 1] = fmaf(high(x[i]), skip, y[2 * i + 1]);
         }
     }
-    __device__ __forceinline__ float2 gain_at(int further) const {
-        i64 at = head * SPLIT * 64 + channel + further + my_column();
-        return make_float2(number_at<GAIN_KIND>(p.gain, at), number_at<GAIN_KIND>(p.gain, at + 1));
+    __device__ __forceinline__ void read_gain(float2 (&gain)[8]) const {
+        i64 at = head * SPLIT * 64 + channel + my_column();
+#pragma unroll
+        for (int q = 0; q < 8; q++) gain[q] = pair_at<GAIN_KIND>(p.gain, at + 8 * q);
     }
     static __device__ __forceinline__ float gated(float y, float z) {
         return y * (z * reciprocal(1.0f + exp2_fast(-LOG2E * z)));
     }
     // Behind the gate, times the gain; and the sums of squares before that.
-    __device__ __forceinline__ void gate(float (&y)[32], int stage, int first) const {
+    __device__ __forceinline__ void gate(float (&y)[32], const u32 (&z)[16], const float2 (&gain)[8],
+                                         int first) const {
         float square[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int q = 0; q < 8; q += 2) {
-            u32 pairs[4];
-            read_matrices(pairs, z_tile(stage) + corner(q));
-            float2 gain[2] = {gain_at(8 * q), gain_at(8 * q + 8)};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float* v = y + 4 * q + 2 * i;
-                float a = gated(v[0], low(pairs[i])), b = gated(v[1], high(pairs[i]));
-                square[i % 2] = fmaf(a, a, fmaf(b, b, square[i % 2]));
-                v[0] = a * gain[i / 2].x, v[1] = b * gain[i / 2].y;
-            }
+        for (int i = 0; i < 16; i++) {
+            float a = gated(y[2 * i], low(z[i])), b = gated(y[2 * i + 1], high(z[i]));
+            square[i % 2] = fmaf(a, a, fmaf(b, b, square[i % 2]));
+            y[2 * i] = a * gain[i / 2].x, y[2 * i + 1] = b * gain[i / 2].y;
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -410,94 +445,112 @@ struct Walk {
         }
     }
     // Through the warp's own rows of a tile, so that whole rows go to memory.
-    __device__ __forceinline__ void store_y(const float (&y)[32], u32 tile, int first) const {
+    __device__ __forceinline__ void store_y(const float (&values)[32], u32 tile, int first) {
         __syncwarp();
-        store_tile(tile, y);
+        store_tile(tile, values);
         __syncwarp();
-        i64 width = SPLIT * 64, token = static_cast<i64>(slot) * p.segment + first;
-        u16* to = static_cast<u16*>(p.y) + ((row * p.length + token) * p.heads + head) * width + channel;
+        int t = 16 * warp + lane / 8;
+        uint4 piece[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int t = 16 * warp + 4 * i + lane / 8, piece = lane % 8;
-            uint4 v = read_piece(tile + spot(t, piece));
-            if (first + t < count)
-                *reinterpret_cast<uint4*>(to + t * p.heads * width + piece * 8) = v;
-        }
+        for (int i = 0; i < 4; i++) piece[i] = read<uint4>(tile + spot(t + 4 * i, lane % 8));
+        i64 token = static_cast<i64>(p.heads) * (SPLIT * ROW);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (first + t + 4 * i < count) *reinterpret_cast<uint4*>(y + 4 * i * token) = piece[i];
+        y += CHUNK * token;
     }
 };
 
-template <int N>
-__device__ __forceinline__ void scale(float (&d)[N], float by) {
+// d = a bᵀ of two tiles, over all states; as a group of products.
+__device__ __forceinline__ void multiply_by_states(float (&d)[32], u64 a, u64 b) {
 #pragma unroll
-    for (int i = 0; i < N; i++) d[i] *= by;
+    for (int k = 0; k < 4 * HALVES; k++) {
+        int further = (k / 4 * TILE + k % 4 * 32) >> 4;
+        multiply_tiles(d, a + further, b + further, k > 0);
+    }
+    products_commit();
+}
+// d (+)= a b of a matrix in registers and a tile, over the chunk's tokens.
+template <int N>
+__device__ __forceinline__ void multiply_by_tokens(float (&d)[N], const u32 (&a)[16], u64 b, bool add) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply_turned(d, a + 4 * k, b + (k * 16 * ROW >> 4), add || k > 0);
+    products_commit();
+}
+
+template <int WARP>
+__device__ __forceinline__ void weigh_scores(const Walk& walk, Walk::Decays& decays, u32 (&weights)[16],
+                                             float (&scores)[32]) {
+    walk.find<WARP>(decays);
+    products_wait<2>();
+    pin(scores);
+    walk.apply<WARP>(weights, scores, decays);
+}
+
+// Starts y as C stateᵀ, and the state behind the chunk; the scores become what the chunk itself adds to y.
+__device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)[32], float (&scores)[32],
+                                         Walk::State& state, Walk::Decays& decays) {
+    u32 written[16], weights[16];
+    u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
+    pin(scores), pin(y);
+    products_begin();
+    multiply_by_states(scores, c, b);
+    multiply_by_states(y, c, described(walk.state_tile()));
+    walk.weigh(written, stage);
+    pin(state);
+    products_begin();
+    multiply_by_tokens(state, written, b, true);
+    switch (walk.warp) {
+        case 0: weigh_scores<0>(walk, decays, weights, scores); break;
+        case 1: weigh_scores<1>(walk, decays, weights, scores); break;
+        case 2: weigh_scores<2>(walk, decays, weights, scores); break;
+        default: weigh_scores<3>(walk, decays, weights, scores);
+    }
+    pin(scores);
+    products_begin();
+    multiply_by_tokens(scores, weights, described(walk.x_tile(stage)), false);
+}
+
+// A chunk of tokens. The state comes in with the decay over this chunk, and goes on with that over the
+// next; the next chunk's numbers come in under it.
+__device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, int first, float skip) {
+    float scores[32], y[32];
+    Walk::Decays decays;
+    multiply(walk, stage, y, scores, state, decays);
+    products_wait<1>();
+    pin(state), pin(y);
+    meet_group(walk.group);  // nobody reads the last state any more
+    walk.store_tile(walk.state_tile(), state);
+    scale(state, exp2_fast(walk.total_next));
+    u32 x[16], z[16];
+    float2 gain[8];
+    if (HAS_SKIP) walk.read_rows(x, walk.x_tile(stage));
+    if (HAS_GATE) walk.read_rows(z, walk.z_tile(stage)), walk.read_gain(gain);
+    products_wait<0>();
+    pin(scores);
+#pragma unroll
+    for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], decays.fall[i / 2 % 2], scores[i]);
+    if (HAS_SKIP) walk.add_skip(y, x, skip);
+    if (HAS_GATE) walk.gate(y, z, gain, first);
+    if (!HAS_GATE) meet_group(walk.group);  // nobody reads x any more
+    walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
     ssd_outputs(const __grid_constant__ Parameters p) {
     Walk walk(p);
-    float state[32 * HALVES];
+    Walk::State state;
     float skip = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, walk.head) : 0.0f;
     walk.fetch(0, 0);
-    walk.load_state(state);
+    walk.begin(state);
     walk.store_tile(walk.state_tile(), state);
     scale(state, exp2_fast(walk.total_next));
     for (int first = 0, stage = 0; first < walk.count; first += CHUNK, stage ^= 1) {
-        float scores[32], y[32];
-        u32 written[16], weights[16];
         copies_wait();
         walk.spread();
         publish();
         __syncthreads();
         walk.fetch(first + CHUNK, stage ^ 1);
-
-        u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
-        u64 x = described(walk.x_tile(stage)), s = described(walk.state_tile());
-        pin(scores), pin(y);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4 * HALVES; k++) {
-            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
-            multiply_tiles(scores, c + at, b + at, k > 0);
-        }
-        products_commit();
-#pragma unroll
-        for (int k = 0; k < 4 * HALVES; k++) {
-            int at = (k / 4 * TILE + k % 4 * 32) >> 4;
-            multiply_tiles(y, c + at, s + at, k > 0);
-        }
-        products_commit();
-
-        walk.weigh(written, stage);
-        pin(state);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(state, written + 4 * k, b + (k * 16 * ROW >> 4), 1);
-        products_commit();
-
-        float upper = read_float(walk.vector(0) + 4 * walk.my_row());
-        float lower = read_float(walk.vector(0) + 4 * walk.my_row() + 32);
-        products_wait<2>();
-        pin(scores);
-        walk.decay(weights, scores, upper, lower);
-        pin(scores);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++) multiply_turned(scores, weights + 4 * k, x + (k * 16 * ROW >> 4), k);
-        products_commit();
-
-        products_wait<1>();
-        pin(state), pin(y);
-        meet_group(walk.group);
-        walk.store_tile(walk.state_tile(), state);
-        scale(state, exp2_fast(walk.total_next));
-        float fall[2] = {exp2_fast(upper), exp2_fast(lower)};
-        products_wait<0>();
-        pin(scores);
-#pragma unroll
-        for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], fall[i / 2 % 2], scores[i]);
-        if (HAS_SKIP) walk.add_skip(y, stage, skip);
-        if (HAS_GATE) walk.gate(y, stage, first);
-        if (!HAS_GATE) meet_group(walk.group);
-        walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
+        step(walk, state, stage, first, skip);
     }
 }
