@@ -42,7 +42,10 @@ from widefield.evaluation.grid import length_label, parse_lengths
 PREFILLS = (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 SAME = ("device", "driver", "versions", "seed")
 TASKS = ("prefill", "decode")
-SIDES = ("widefield", "mamba-ssm", "causal-conv1d", "transformers with mamba-ssm", "transformers")
+SIDES = (
+    "widefield", "widefield graph", "widefield recorded", "mamba-ssm", "causal-conv1d",
+    "transformers with mamba-ssm", "transformers",
+)  # fmt: skip
 INTERRUPTED = 130
 
 Row = dict[str, Any]
@@ -77,7 +80,7 @@ class Settings:
         stock_up_to: the longest prompt that plain transformers gets.
         tasks: of whole models: "prefill", "decode".
         batches: sequences at once, of a decode.
-        sides: who is timed; "widefield" is all of ours.
+        sides: who is timed; "widefield" with each of the backends.
     """
 
     device: torch.device
@@ -92,7 +95,8 @@ class Settings:
 
     def wants(self, side: _ops.Side | _models.Side) -> bool:
         """Whether a side is to be timed."""
-        return ("widefield" if side.ours else side.name) in self.sides
+        backend = side.name.removeprefix("widefield ")
+        return ("widefield" if backend in self.backends else side.name) in self.sides
 
 
 def op_jobs(names: Sequence[str], asked: Settings) -> Iterator[Job]:

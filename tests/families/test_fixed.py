@@ -11,12 +11,13 @@ from transformers import DynamicCache
 import widefield as wf
 from tests.families.cases import CASES, random_ids
 from widefield.families import FixedAttention
-from widefield.families._fixed import attend
+from widefield.families._fixed import _in_two_products, attend
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if GPU else []
-SHAPES = [(1, 4, 2, 8, 8), (3, 6, 1, 16, 16), (2, 4, 4, 8, 12)]  # B, heads, groups, widths
+# B, heads, groups, widths of keys and values
+SHAPES = [(1, 4, 2, 8, 8), (3, 6, 1, 16, 16), (2, 4, 4, 8, 12), (1, 12, 4, 64, 64)]
 
 
 def error(value: Tensor, truth: Tensor) -> float:
@@ -50,9 +51,10 @@ def test_it_is_as_exact_as_attention_of_torch(
     allowed = 2 * error(of_torch(query, keys, values, hidden), truth) + 3e-7
     # What is hidden counts for nothing, however large it is.
     large = torch.where(hidden[:, None, :, None], 1e3, values)
-    found = attend(query, keys, large, mask, 0.3)
-    assert found.shape == (batch, heads, 1, others) and found.dtype == dtype
-    assert error(found, truth) <= allowed
+    for way in (attend, _in_two_products):
+        found = way(query, keys, large, mask, 0.3)
+        assert found.shape == (batch, heads, 1, others) and found.dtype == dtype
+        assert error(found, truth) <= allowed
 
 
 @torch.no_grad()

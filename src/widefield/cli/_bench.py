@@ -32,6 +32,7 @@ __all__ = ["run_bench", "sides_of"]
 
 _TITLES = {STOCK: "transformers", UNMODIFIED: "widefield"}
 _NEW = {DECODE: "each new", GRAPH: "… by CUDA graph"}
+_CELL = 30  # characters
 
 
 def sides_of(
@@ -166,15 +167,23 @@ def _show(sides: Sequence[Side], grid: SpeedGrid, done: Sequence[Timing]) -> Non
         cells = [_cell(known.get((side.name, task, tokens)), first) for side in sides]
         table.add_row(label, *cells)
     Console().print(table)
-    for reason in dict.fromkeys(t.failed for t in done if t.task in (REPLAY, GRAPH) and t.failed):
-        print(f"– {reason}")
+    reasons: dict[str, dict[str, None]] = {}
+    for timing in filter(_is_long, done):
+        reasons.setdefault(timing.failed or "", {})[_name(timing.side)] = None
+    for reason, names in reasons.items():
+        print(f"– {', '.join(names)}: {reason}")
+
+
+def _is_long(timing: Timing) -> bool:
+    """Whether what a side failed of is too long for the table."""
+    return len(timing.failed or "") > _CELL
 
 
 def _cell(timing: Timing | None, first: Timing | None) -> str:
     if timing is None:
         return ""
     if timing.failed is not None:
-        return "–" if timing.task in (REPLAY, GRAPH) else timing.failed
+        return "–" if _is_long(timing) else timing.failed
     value = f"{_rate(timing):.1f}/s" if timing.task in _NEW else f"{timing.median:.3f} s"
     ratio = math.nan if first is None or first is timing else first.median / timing.median
     faster = "" if math.isnan(ratio) else f"  {ratio:.1f}×"
