@@ -360,51 +360,45 @@ def _settings() -> Key:
 
 
 class _Snapshot:
-    """A model's weights and settings at some time, without holding the weights."""
+    """A model's weights and settings at some time, without holding the weights.
+
+    Compared in front of every replayed prefill, hence in lists: what is the same object is the same
+    without a look at it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """As they are now."""
-        modules = [*model.modules()]
-        self._modules = [(m, type(m), dict(vars(m)), [*m._modules.values()]) for m in modules]
-        self._hooks = _hooks(modules)
-        self._weights = [
-            (tensors, name, _identity(tensor))
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-        ]
+        self._modules = [*model.modules()]
+        self._settings = [dict(vars(module)) for module in self._modules]
+        self._rest = self._what_changes()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether they are still the same."""
-        if model is not self._modules[0][0]:
+        if model is not self._modules[0]:
             return False
-        for tensors, name, identity in self._weights:
-            tensor = tensors.get(name)
-            if (tensor is not None or identity is not None) and _identity(tensor) != identity:
-                return False
-        for module, kind, own, parts in self._modules:
-            if type(module) is not kind or not _equal(module.__dict__, own):
-                return False
-            if (parts or module._modules) and [*module._modules.values()] != parts:
-                return False
-        return self._hooks == _hooks([module for module, *_ in self._modules])
+        try:
+            same = [vars(module) for module in self._modules] == self._settings
+        except (RuntimeError, TypeError, ValueError):
+            return False  # a new value that knows no equality
+        return same and self._what_changes() == self._rest
 
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two modules' attributes are the same; those that know no equality are not."""
-    try:
-        return one == other
-    except (RuntimeError, TypeError, ValueError):
-        return False
-
-
-def _hooks(modules: list[nn.Module]) -> list[int]:
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
-
-
-def _identity(tensor: Tensor | None) -> Key | None:
-    """What changes with a tensor's values."""
-    if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.data_ptr(), tensor.dtype
+    def _what_changes(self) -> tuple[Any, ...]:
+        """Classes, parts, hooks and weights, which a module's attributes say nothing of."""
+        modules = self._modules
+        tensors = [
+            tensor
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        ]
+        return (
+            [type(module) for module in modules],
+            [part for module in modules for part in module._modules.values()],
+            [len(module._forward_hooks) for module in modules],
+            [len(module._forward_pre_hooks) for module in modules],
+            [id(tensor) for tensor in tensors],
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.dtype for tensor in tensors],
+            [0 if tensor.is_inference() else tensor._version for tensor in tensors],
+        )
