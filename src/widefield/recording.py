@@ -81,23 +81,26 @@ class Recordings:
         Raises:
             WidefieldError: if a chunk cannot be recorded, and why.
         """
-        self._check(model)
-        replays = Replays(self, model, cache, chunked, length)
+        needed = _what_is_needed(model)
+        if needed is not None:
+            raise _refused(needed)
+        replays = Replays(self, self._current(model), model, cache, chunked, length)
         try:
             yield replays
         finally:
             replays.close()
         replays.check()
 
-    def _check(self, model: Any) -> None:
-        """Forget what was recorded before the model changed; refuse what cannot be recorded."""
+    def _current(self, model: Any) -> _Snapshot:
+        """The model as it is; what was recorded before it changed is forgotten."""
         with self._lock:
             if self._model is None or not self._model.is_current(model):
                 self._free, self._model = [], None
-                needed = _what_is_needed(model)
+                needed = decoding.what_graph_needs(model)
                 if needed is not None:
                     raise _refused(needed)
                 self._model = _Snapshot(model)
+            return self._model
 
     def take(self, key: Key) -> ChunkGraph | None:
         """A recording that nobody uses, if there is one of this key."""
@@ -112,7 +115,8 @@ class Recordings:
         """Keep a recording; the oldest go as long as all together are too many or too large."""
         room = _room(graph.device)
         with self._lock:
-            self._free.append((key, graph))
+            if key[0] is self._model:
+                self._free.append((key, graph))
             while self._free and (
                 len(self._free) > _KEPT or sum(g.bytes for _, g in self._free) > room
             ):
@@ -120,14 +124,14 @@ class Recordings:
 
 
 def _what_is_needed(model: Any) -> str | None:
-    """What a model lacks for its forward to be recorded, or None."""
+    """What is in the way of a replay, whatever the model is, or None."""
     if torch.is_autocast_enabled(decoding._GPU):
         return "a forward outside torch.autocast: cast the model, e.g. model.bfloat16()"
     if model.widefield.observer is not None:
         return "a prefill that nobody observes"
     if model.config.output_hidden_states:
         return "a prefill that gives logits only, without config.output_hidden_states"
-    return decoding.what_graph_needs(model)
+    return None
 
 
 def _room(device: torch.device) -> float:
@@ -147,13 +151,15 @@ class Replays:
     def __init__(
         self,
         recordings: Recordings,
+        snapshot: _Snapshot,
         model: Any,
         cache: Any,
         chunked: ChunkedPrefill,
         length: int,
     ) -> None:
         """Nothing is recorded before it is needed; see `Recordings.replayed`."""
-        self._recordings, self._model, self._cache = recordings, model, cache
+        self._recordings, self._snapshot = recordings, snapshot
+        self._model, self._cache = model, cache
         self._chunked, self._length = chunked, length
         self._layers: tuple[int, ...] = model.widefield.layout.layers
         self._plans: Plans = {}
@@ -195,7 +201,7 @@ class Replays:
     def _graph(self, ids: Tensor, before: Any) -> ChunkGraph:
         """The recording for the chunk at hand, behind what a cache holds."""
         filled = LayerCache(before, self._layers[0], self._rows).filled
-        key = (tuple(ids.shape), filled, _kinds(self._plans), _settings())
+        key = (self._snapshot, tuple(ids.shape), filled, _kinds(self._plans), _settings())
         graph = self._borrowed.get(key) or self._recordings.take(key)
         if graph is None:
             graph = ChunkGraph(self._model, ids, self._plans, before if filled else None)
