@@ -20,7 +20,7 @@ from tests.families.cases import CASES
 from tests.graphs import rerun_recordings
 from tests.models import tiny_mamba
 from widefield import decoding, recording
-from widefield.extension import extend
+from widefield.extension import extend, observed
 from widefield.methods import DeciMamba, LongMamba
 
 GPU = torch.cuda.is_available()
@@ -293,13 +293,39 @@ def test_hooks_that_a_replay_would_not_call_are_refused() -> None:
     assert same(plain, wf.prefill(model, IDS, cuda_graph=True))
 
 
-def test_autocast_is_refused() -> None:
+def test_what_a_replay_would_not_show_is_refused_behind_a_recording_too() -> None:
     model = extended()
+    plain, _ = both(model)
     with (
         torch.autocast(DEVICE, torch.bfloat16),
         pytest.raises(wf.WidefieldError, match="autocast"),
     ):
         wf.prefill(model, IDS, cuda_graph=True)
+    with (
+        observed(model, lambda layer, inputs: None),
+        pytest.raises(wf.WidefieldError, match="nobody observes"),
+    ):
+        wf.prefill(model, IDS, cuda_graph=True)
+    model.config.output_hidden_states = True
+    with pytest.raises(wf.WidefieldError, match="output_hidden_states"):
+        wf.prefill(model, IDS, cuda_graph=True)
+    model.config.output_hidden_states = False
+    assert same(plain, wf.prefill(model, IDS, cuda_graph=True))
+
+
+def test_a_recording_that_is_given_back_behind_a_change_is_not_kept(made: list[int]) -> None:
+    model = extended()
+
+    def change(done: int, total: int) -> None:
+        if done == 10:
+            with torch.no_grad():
+                model.backbone.norm_f.weight.mul_(-1.0)
+            assert same(*both(model, IDS[:1], chunk_size=50))
+
+    wf.prefill(model, IDS, chunk_size=10, progress=change, cuda_graph=True)
+    count = len(made)
+    assert same(*both(model, chunk_size=10))
+    assert len(made) == count + 2
 
 
 class Waits(nn.Linear):

@@ -213,16 +213,18 @@ def _masks(
     Positions are always given: some models count them from 0 in every call that has none.
     """
     length, past, found = ids.shape[1], _attended(cache), {}
-    places = torch.arange(past, past + length, device=ids.device).expand(ids.shape[0], -1)
     if mask is not None:
         read_padding(mask, length)
         if mask.shape[1] == length and past:
             mask = torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
         found["attention_mask"] = mask
+    if "position_ids" not in _parameters(model):
+        return found
+    if mask is None:
+        places = torch.arange(past, past + length, device=ids.device).expand(ids.shape[0], -1)
+    else:
         places = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-    if "position_ids" in _parameters(model):
-        found["position_ids"] = places
-    return found
+    return found | {"position_ids": places}
 
 
 def _attended(cache: Any | None) -> int:

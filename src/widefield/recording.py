@@ -81,23 +81,26 @@ class Recordings:
         Raises:
             WidefieldError: if a chunk cannot be recorded, and why.
         """
-        self._check(model)
-        replays = Replays(self, model, cache, chunked, length)
+        needed = _what_is_needed(model)
+        if needed is not None:
+            raise _refused(needed)
+        replays = Replays(self, self._current(model), model, cache, chunked, length)
         try:
             yield replays
         finally:
             replays.close()
         replays.check()
 
-    def _check(self, model: Any) -> None:
-        """Forget what was recorded before the model changed; refuse what cannot be recorded."""
+    def _current(self, model: Any) -> _Snapshot:
+        """The model as it is; what was recorded before it changed is forgotten."""
         with self._lock:
             if self._model is None or not self._model.is_current(model):
                 self._free, self._model = [], None
-                needed = _what_is_needed(model)
+                needed = decoding.what_graph_needs(model)
                 if needed is not None:
                     raise _refused(needed)
                 self._model = _Snapshot(model)
+            return self._model
 
     def take(self, key: Key) -> ChunkGraph | None:
         """A recording that nobody uses, if there is one of this key."""
@@ -112,7 +115,8 @@ class Recordings:
         """Keep a recording; the oldest go as long as all together are too many or too large."""
         room = _room(graph.device)
         with self._lock:
-            self._free.append((key, graph))
+            if key[0] is self._model:
+                self._free.append((key, graph))
             while self._free and (
                 len(self._free) > _KEPT or sum(g.bytes for _, g in self._free) > room
             ):
@@ -120,14 +124,14 @@ class Recordings:
 
 
 def _what_is_needed(model: Any) -> str | None:
-    """What a model lacks for its forward to be recorded, or None."""
+    """What is in the way of a replay, whatever the model is, or None."""
     if torch.is_autocast_enabled(decoding._GPU):
         return "a forward outside torch.autocast: cast the model, e.g. model.bfloat16()"
     if model.widefield.observer is not None:
         return "a prefill that nobody observes"
     if model.config.output_hidden_states:
         return "a prefill that gives logits only, without config.output_hidden_states"
-    return decoding.what_graph_needs(model)
+    return None
 
 
 def _room(device: torch.device) -> float:
@@ -147,13 +151,15 @@ class Replays:
     def __init__(
         self,
         recordings: Recordings,
+        snapshot: _Snapshot,
         model: Any,
         cache: Any,
         chunked: ChunkedPrefill,
         length: int,
     ) -> None:
         """Nothing is recorded before it is needed; see `Recordings.replayed`."""
-        self._recordings, self._model, self._cache = recordings, model, cache
+        self._recordings, self._snapshot = recordings, snapshot
+        self._model, self._cache = model, cache
         self._chunked, self._length = chunked, length
         self._layers: tuple[int, ...] = model.widefield.layout.layers
         self._plans: Plans = {}
@@ -195,7 +201,7 @@ class Replays:
     def _graph(self, ids: Tensor, before: Any) -> ChunkGraph:
         """The recording for the chunk at hand, behind what a cache holds."""
         filled = LayerCache(before, self._layers[0], self._rows).filled
-        key = (tuple(ids.shape), filled, _kinds(self._plans), _settings())
+        key = (self._snapshot, tuple(ids.shape), filled, _kinds(self._plans), _settings())
         graph = self._borrowed.get(key) or self._recordings.take(key)
         if graph is None:
             graph = ChunkGraph(self._model, ids, self._plans, before if filled else None)
@@ -360,51 +366,45 @@ def _settings() -> Key:
 
 
 class _Snapshot:
-    """A model's weights and settings at some time, without holding the weights."""
+    """A model's weights and settings at some time, without holding the weights.
+
+    Compared in front of every replayed prefill, hence in lists: what is the same object is the same
+    without a look at it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """As they are now."""
-        modules = [*model.modules()]
-        self._modules = [(m, type(m), dict(vars(m)), [*m._modules.values()]) for m in modules]
-        self._hooks = _hooks(modules)
-        self._weights = [
-            (tensors, name, _identity(tensor))
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-        ]
+        self._modules = [*model.modules()]
+        self._settings = [dict(vars(module)) for module in self._modules]
+        self._rest = self._what_changes()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether they are still the same."""
-        if model is not self._modules[0][0]:
+        if model is not self._modules[0]:
             return False
-        for tensors, name, identity in self._weights:
-            tensor = tensors.get(name)
-            if (tensor is not None or identity is not None) and _identity(tensor) != identity:
-                return False
-        for module, kind, own, parts in self._modules:
-            if type(module) is not kind or not _equal(module.__dict__, own):
-                return False
-            if (parts or module._modules) and [*module._modules.values()] != parts:
-                return False
-        return self._hooks == _hooks([module for module, *_ in self._modules])
+        try:
+            same = [vars(module) for module in self._modules] == self._settings
+        except (RuntimeError, TypeError, ValueError):
+            return False  # a new value that knows no equality
+        return same and self._what_changes() == self._rest
 
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two modules' attributes are the same; those that know no equality are not."""
-    try:
-        return one == other
-    except (RuntimeError, TypeError, ValueError):
-        return False
-
-
-def _hooks(modules: list[nn.Module]) -> list[int]:
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
-
-
-def _identity(tensor: Tensor | None) -> Key | None:
-    """What changes with a tensor's values."""
-    if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.data_ptr(), tensor.dtype
+    def _what_changes(self) -> tuple[Any, ...]:
+        """Classes, parts, hooks and weights, which a module's attributes say nothing of."""
+        modules = self._modules
+        tensors = [
+            tensor
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        ]
+        return (
+            [type(module) for module in modules],
+            [part for module in modules for part in module._modules.values()],
+            [len(module._forward_hooks) for module in modules],
+            [len(module._forward_pre_hooks) for module in modules],
+            [id(tensor) for tensor in tensors],
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.dtype for tensor in tensors],
+            [0 if tensor.is_inference() else tensor._version for tensor in tensors],
+        )
