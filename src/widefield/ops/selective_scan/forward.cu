@@ -426,17 +426,17 @@ struct Valid {
 
 constexpr bool LIMITS = FLOOR && SOFTPLUS;
 
-// The limits of the block's channels, and behind them whether they are doubtful. Where there is no
-// softplus, they are the floors.
+// The limits of the block's channels: first all low, then all high ones. Where there is no softplus,
+// they are the floors.
 __device__ __forceinline__ void find_limits(const Parameters& p, i64 row, int first_channel,
                                             int warp, int lane, Shared to) {
     for (int c = warp; c < CHANNELS; c += WARPS) {
         int d = min(first_channel + c, p.channels - 1);
         float floor = p.floor[row * p.floor_row + d];
         float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
-        Limit limit = LIMITS ? limit_of<32>(scale, floor, lane) : Limit{floor, false};
-        write1(to + c, limit.value);
-        write1(to + (CHANNELS + c), limit.doubtful ? 1.0f : 0.0f);
+        Limit limit = LIMITS ? limit_of<32>(scale, floor, lane) : Limit{floor, floor};
+        write1(to + c, limit.low);
+        write1(to + (CHANNELS + c), limit.high);
     }
 }
 
@@ -474,12 +474,14 @@ struct Producer {
 
     // Whether any of the limits is doubtful.
     __device__ __forceinline__ bool doubts() const {
-        float doubt[4], any = 0.0f;
+        bool any = false;
         for (int c = 0; c < (LIMITS ? CHANNELS : 0); c += 4) {
-            read4(doubt, limits + (CHANNELS + c));
-            any += doubt[0] + doubt[1] + doubt[2] + doubt[3];
+            float low[4], high[4];
+            read4(low, limits + c);
+            read4(high, limits + (CHANNELS + c));
+            for (int k = 0; k < 4; k++) any |= Limit{low[k], high[k]}.doubtful();
         }
-        return any > 0.0f;
+        return any;
     }
 
     // Ask for the next tile, of which `rows` rows exist; all of them, if it is WHOLE.
@@ -498,16 +500,20 @@ struct Producer {
         x_from.tile += x_from.advance;
     }
 
-    // Leave the tile in shared memory, as consumers read it.
-    template <bool WHOLE>
-    __device__ __forceinline__ void make(Shared buffer) const {
+    // Leave the tile in shared memory, as consumers read it. Says whether `settle` has to look at it,
+    // if it may have to.
+    template <bool WHOLE, bool DOUBTS>
+    __device__ __forceinline__ bool make(Shared buffer) const {
+        bool close = false;
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float limit[4];
-            if (FLOOR) read4(limit, limits + at.channel(i));
+            float low[4], high[4];
+            if (FLOOR) read4(low, limits + at.channel(i));
+            if (DOUBTS) read4(high, limits + (CHANNELS + at.channel(i)));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                float step = step_of(i, k, limit[k]);
+                float v = delta[i].at(k) + bias[i][k], step = step_of(v, i, k, low[k]);
+                if (DOUBTS) close |= Limit{low[k], high[k]}.doubts(v);
                 step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
                 float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
@@ -525,31 +531,30 @@ struct Producer {
             B.spread(buffer + B_AT, at.lane);
             C.spread(buffer + C_AT, at.lane);
         }
+        return close;
     }
 
-    __device__ __forceinline__ float step_of(int i, int k, float limit) const {
-        float v = delta[i].at(k) + bias[i][k];
+    __device__ __forceinline__ float step_of(float v, int i, int k, float limit) const {
         float step = SOFTPLUS ? softplus(v) : v;
         if (SCALE) step *= scale[i][k];
         return FLOOR && (SOFTPLUS ? v : step) < limit ? 0.0f : step;
     }
 };
 
-// Freezes what has been left in a buffer, of the numbers that are close to their limits. Not in the
-// producers' loop: what is seldom needed shall not take their registers.
+// Freezes what has been left in a buffer, of the numbers between a low and a high limit.
 __device__ __noinline__ void settle(const Parameters& p, i64 row, int first_channel, i64 first,
                                     int lane, Shared buffer, Shared limits) {
     Tokens tokens = tokens_of(p, row);
-    __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < TILE * CHANNELS; i += 32) {
         int t = i / CHANNELS, c = i % CHANNELS, d = first_channel + c;
         if (d >= p.channels || first + t >= tokens.length) continue;
         i64 token = tokens.at(p.delta_row, first + t, p.delta_token);
-        float v = number_at<DELTA_KIND>(p.delta, token + d), limit[2];
+        float v = number_at<DELTA_KIND>(p.delta, token + d), low[2], high[2];
         if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
-        read2(limit, limits + c / 2 * 2);
-        if (Limit{c % 2 ? limit[1] : limit[0], true}.decides(v)) continue;
+        read2(low, limits + c / 2 * 2);
+        read2(high, limits + (CHANNELS + c / 2 * 2));
+        if (!Limit{c % 2 ? low[1] : low[0], c % 2 ? high[1] : high[0]}.doubts(v)) continue;
         float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
         if (!below_floor(v, scale, p.floor[row * p.floor_row + d])) continue;
         write1(buffer + (delta_of(c) + t), 0.0f);
@@ -567,11 +572,12 @@ __device__ __forceinline__ void produce_from(Producer& of, const Parameters& p, 
     for (u32 tile = producer; tile < tiles; tile += PRODUCER_COUNT) {
         Shared buffer = buffers.at(at_slot.slot);
         if (tile >= SLOTS) barrier_wait(buffers.free(at_slot.slot), at_slot.parity ^ 1);
+        bool close;
         if (!DOUBTS && at.whole(tile))
-            of.make<true>(buffer);
+            close = of.make<true, DOUBTS>(buffer);
         else
-            of.make<false>(buffer);
-        if (DOUBTS)
+            close = of.make<false, DOUBTS>(buffer);
+        if (DOUBTS && !__all_sync(~0u, !close))
             settle(p, at.tokens.row, at.first_channel, static_cast<i64>(tile) * TILE, at.lane,
                    buffer, of.limits);
         barrier_arrive(buffers.full(at_slot.slot), at.lane);

@@ -102,20 +102,24 @@ __device__ __forceinline__ float sigmoid(float v) {
 }
 
 // Whether softplus(v) * scale lies below a floor, as torch computes it on a GPU, bit for bit.
-__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
+__device__ __forceinline__ bool below_floor(float v, float scale, float floor) {
     return (v > 20.0f ? v : log1pf(expf(v))) * scale < floor;
 }
 
 // The floor of one channel's Δ, as a limit of what its softplus is made of: that takes one
 // comparison, where Δ itself, computed in another way than torch's, would need a second look.
 struct Limit {
-    float value;    // below it, Δ is below its floor; above it, it is not,
-    bool doubtful;  // but for what lies close above it, if this is set
+    float low, high;  // below low, Δ is below its floor; from high on it is not
 
-    __device__ __forceinline__ bool decides(float v) const {
-        return !(v >= value) || v >= fmaf(4e-6f, 1.0f + fabsf(value), value);
-    }
+    __device__ __forceinline__ bool doubtful() const { return !(low >= high); }
+    // Whether `below_floor` has to decide. A high of NaN is no end.
+    __device__ __forceinline__ bool doubts(float v) const { return v >= low && !(v >= high); }
 };
+
+// Whether v lies so close above a low that its high, if that is another, may lie above v.
+__device__ __forceinline__ bool close_above(float low, float v) {
+    return v >= low && !(v >= fmaf(4e-6f, 1.0f + fabsf(low), low));
+}
 
 __device__ __forceinline__ float floats_on(float from, int count) {
     u32 bits = __float_as_uint(from);
@@ -133,17 +137,17 @@ template <int LANES>
 __device__ __forceinline__ Limit limit_of(float scale, float floor, int lane) {
     constexpr float LARGEST = 3.4e38f;
     constexpr int MOST = 256;  // floats worth trying
-    float endless = __uint_as_float(0x7f800000);
-    Limit open = {-endless, true};
+    float endless = __uint_as_float(0x7f800000), nowhere = __uint_as_float(0x7fffffff);
+    Limit open = {-endless, nowhere};
     if (!(scale > 0.0f)) return open;
-    if (!(floor > 0.0f)) return {-LARGEST, false};
-    if (floor > LARGEST && scale <= 1.0f) return {endless, false};
+    if (!(floor > 0.0f)) return {-LARGEST, -LARGEST};
+    if (floor > LARGEST && scale <= 1.0f) return {endless, endless};
     float target = floor / scale;
     if (floor < 1e-37f || target < 1e-37f || target > 1e30f) return open;
     float middle = target > 20.0f ? target : logf(expm1f(target));
     float low = middle - doubt_around(middle), high = middle + doubt_around(middle);
     int count = abs(static_cast<int>(__float_as_uint(high) - __float_as_uint(low)));
-    if ((low < 0.0f) != (high < 0.0f) || count > MOST) return {low, true};
+    if ((low < 0.0f) != (high < 0.0f) || count > MOST) return {low, high};
     int first_open = count, last_frozen = -1;
 #pragma unroll 1
     for (int start = 0; start < count; start += LANES) {
@@ -153,7 +157,7 @@ __device__ __forceinline__ Limit limit_of(float scale, float floor, int lane) {
         first_open = min(first_open, LANES == 1 ? is_open : __reduce_min_sync(~0u, is_open));
         last_frozen = max(last_frozen, LANES == 1 ? is_frozen : __reduce_max_sync(~0u, is_frozen));
     }
-    return {floats_on(low, first_open), last_frozen > first_open};
+    return {floats_on(low, first_open), floats_on(low, last_frozen + 1)};
 }
 
 template <int KIND>

@@ -55,6 +55,12 @@ struct Parameters {
     int floor_row, scale_row, decay_row;
 };
 
+// A number that nothing is known of. Addresses made from it are made anew, not kept in registers.
+__device__ __forceinline__ i64 opaque(i64 v) {
+    asm volatile("" : "+l"(v));
+    return v;
+}
+
 __device__ __forceinline__ void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
@@ -247,29 +253,12 @@ struct Projection {
     }
 };
 
-// Which numbers of a tile are frozen, of those that are close to a limit.
-__device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
-                                   int rows, float limit, float second) {
-    u32 frozen = 0;
-#pragma unroll 1
-    for (int i = 0; i < rows * PER_LANE; i++) {
-        int t = i / PER_LANE, k = i % PER_LANE, d = channel + k;
-        if (d >= CHANNELS) continue;
-        float v = number_at<DELTA_KIND>(delta, t * DELTA_TOKEN + k);
-        if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
-        if (Limit{k ? second : limit, true}.decides(v)) continue;
-        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
-        if (below_floor(v, scale, p.floor[row * p.floor_row + d])) frozen |= 1u << i;
-    }
-    return frozen;
-}
-
 // What a lane knows of its channels, and what both kernels make of Δ and x.
 struct Lane {
     int lane, channel, count;  // the first of its channels, and how many of them exist
     float bias[PER_LANE], scale[PER_LANE], skip[PER_LANE];
     float limit[PER_LANE];  // of Δ before its softplus; the floor, where it has none
-    bool doubtful;          // any limit
+    bool doubtful;          // any of them
     Stream<X_KIND, X_TOKEN> x;
     Stream<DELTA_KIND, DELTA_TOKEN> delta;
     Stream<Z_KIND, Z_TOKEN> z;
@@ -307,9 +296,9 @@ struct Lane {
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) {
             float floor = c < count ? p.floor[row.row * p.floor_row + channel + c] : 0.0f;
-            Limit found = SOFTPLUS ? limit_of<1>(scale[c], floor, 0) : Limit{floor, false};
-            limit[c] = found.value;
-            doubtful |= found.doubtful;
+            Limit found = SOFTPLUS ? limit_of<1>(scale[c], floor, 0) : Limit{floor, floor};
+            limit[c] = found.low;
+            doubtful |= SOFTPLUS && found.doubtful();
         }
     }
     // Δ, 0 where it is frozen.
@@ -339,22 +328,37 @@ struct Lane {
                 value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
             }
         }
-        if (settled == 0) return;
+        if (!FLOOR || settled == 0) return;
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++)
                 if (settled >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
     }
-    // What `make` has to freeze besides what lies below its limit.
-    __device__ __forceinline__ u32 settle_tile(const Parameters& p, i64 row, i64 token,
-                                               int rows) const {
-        return settle(p, row, channel, delta.from + token * delta.STEP, rows, limit[0],
-                      limit[PER_LANE - 1]);
+    // Which numbers of a tile are frozen though not below a doubtful limit, as bits. Before a tile is
+    // read there are registers for that; a function's call would take them from all loops.
+    __device__ __forceinline__ u32 settle(const Parameters& p, i64 row, i64 token, int rows) const {
+        u32 close = 0, frozen = 0;
+        if (!FLOOR || !doubtful) return 0;
+#pragma unroll 4
+        for (int i = 0; i < rows * PER_LANE; i++)
+            if (close_above(i % PER_LANE ? limit[PER_LANE - 1] : limit[0], raw_at(token, i)))
+                close |= 1u << i;
+#pragma unroll 1
+        for (int i = 0; close >> i; i++) {
+            if (!(close >> i & 1)) continue;
+            int k = i % PER_LANE;
+            float floor = p.floor[row * p.floor_row + min(channel + k, CHANNELS - 1)];
+            if (below_floor(raw_at(token, i), k ? scale[PER_LANE - 1] : scale[0], floor))
+                frozen |= 1u << i;
+        }
+        return frozen;
     }
-    // Loops come twice where there may be doubtful limits: even an unlikely call in one costs 2 %.
-    __device__ __forceinline__ bool block_doubts() const {
-        return FLOOR && SOFTPLUS && __syncthreads_or(doubtful);
+    // The i-th number of a tile, before its softplus; where there is no channel, of the one before.
+    __device__ __forceinline__ float raw_at(i64 token, int i) const {
+        int k = min(i % PER_LANE, count - 1);
+        float v = number_at<DELTA_KIND>(delta.from, (token + i / PER_LANE) * DELTA_TOKEN + k);
+        return v + (k ? bias[PER_LANE - 1] : bias[0]);
     }
 };
 
@@ -449,12 +453,12 @@ struct Forward {
         }
     }
 
-    template <bool FULL, bool DOUBTS>
+    template <bool FULL>
     __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
+        u32 settled = at.settle(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -489,24 +493,16 @@ struct Forward {
         }
     }
 
-    template <bool DOUBTS>
-    __device__ __forceinline__ void walk() {
+    __device__ __forceinline__ void run() {
 #pragma unroll 1
         for (i64 token = 0; token < row.length; token += TILE) {
             if (SAVE && token % CHUNK == 0) save(static_cast<int>(token / CHUNK));
             int rows = rows_of(row.length - token);
-            if (!DOUBTS && rows == TILE)
-                tile<true, DOUBTS>(token, TILE);
+            if (rows == TILE)
+                tile<true>(token, TILE);
             else
-                tile<false, DOUBTS>(token, rows);
+                tile<false>(token, rows);
         }
-    }
-
-    __device__ __forceinline__ void run() {
-        if (at.block_doubts())
-            walk<true>();
-        else
-            walk<false>();
         columns_to(p.final, h, at, row.row);
     }
 };
@@ -610,11 +606,10 @@ struct Backward {
     }
 
     // The states before the tile behind this one.
-    template <bool DOUBTS>
     __device__ __forceinline__ void sweep(i64 token, int tile) {
         constexpr bool FULL = true;  // there is a tile behind it
         constexpr int rows = TILE;
-        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
+        u32 settled = at.settle(p, row.row, token, rows);
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         at.delta.template load<FULL>(delta, token, rows, at.count);
@@ -652,12 +647,12 @@ struct Backward {
         float y[PER_LANE][TILE], into[PER_LANE][TILE], through[PER_LANE][TILE];
     };
 
-    template <bool FULL, bool DOUBTS>
+    template <bool FULL>
     __device__ __forceinline__ void read(Tile& of, i64 token, int rows) {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = DOUBTS ? at.settle_tile(p, row.row, token, rows) : 0;
+        u32 settled = at.settle(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -797,20 +792,21 @@ struct Backward {
         return total;
     }
 
-    template <bool FULL, bool DOUBTS>
+    template <bool FULL>
     __device__ __forceinline__ void tile(i64 token, int rows, const float* from, int next) {
         Tile of;
-        read<FULL, DOUBTS>(of, token, rows);
+        read<FULL>(of, token, rows);
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
         if (next >= 0) restore(next);
-        write<FULL>(of, token, rows);
+        write<FULL>(of, opaque(token), rows);
         flush<FULL>(token, rows);
     }
 
-    template <bool DOUBTS>
-    __device__ __forceinline__ void walk() {
+    __device__ __forceinline__ void run() {
         int chunks = row.chunks();
+        if (chunks == 0) settle(true);
+        if (chunks > 0) restore(chunks - 1);
 #pragma unroll 1
         for (int chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = static_cast<i64>(chunk) * CHUNK;
@@ -818,28 +814,18 @@ struct Backward {
             if (chunk > 0) ask_ahead(chunk - 1);
 #pragma unroll 1
             for (int i = 0; i < TILES - 1; i++)
-                if (first + (i + 1) * TILE < row.length) sweep<DOUBTS>(first + i * TILE, i);
+                if (first + (i + 1) * TILE < row.length) sweep(first + i * TILE, i);
 #pragma unroll 1
             for (int i = TILES - 1; i >= 0; i--) {
                 int rows = rows_of(row.length - first - i * TILE);
                 int next = i == 0 ? chunk - 1 : -1;
-                if (!DOUBTS && rows == TILE)
-                    tile<true, DOUBTS>(first + i * TILE, TILE, before + i * COLUMNS, next);
+                if (rows == TILE)
+                    tile<true>(first + i * TILE, TILE, before + i * COLUMNS, next);
                 else if (rows > 0)
-                    tile<false, DOUBTS>(first + i * TILE, rows, before + i * COLUMNS, next);
+                    tile<false>(first + i * TILE, rows, before + i * COLUMNS, next);
             }
             if (chunk % SETTLED == 0) settle(chunk + SETTLED >= chunks);
         }
-    }
-
-    __device__ __forceinline__ void run() {
-        int chunks = row.chunks();
-        if (chunks == 0) settle(true);
-        if (chunks > 0) restore(chunks - 1);
-        if (at.block_doubts())
-            walk<true>();
-        else
-            walk<false>();
         columns_to(p.dinitial, G, at, row.row);
     }
 
