@@ -57,11 +57,12 @@ def test_each_op_is_judged_and_timed(
 def test_gradients_are_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ops, "CHECKED_BACKWARD", 12)
     monkeypatch.setattr(_ops, "CHECKED_WIDE", 3)
+    names = "scan-backward,ssd-130m-backward-8,gated-norm-backward"
     rows = bench(
-        monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", "scan-backward",
-        "--lengths", "2",
-    )  # fmt: skip
-    assert "failed" not in rows[0] and rows[0]["batch"] == 64
+        monkeypatch, tmp_path / "r.json", "--models", "none", "--ops", names, "--lengths", "2"
+    )
+    assert not any("failed" in row for row in rows)
+    assert {row["batch"] for row in rows} == {64, 8, 1}
 
 
 def test_a_wrong_kernel_is_not_timed(

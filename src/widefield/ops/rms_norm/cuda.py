@@ -140,7 +140,7 @@ def _backward(
                 grown *= weight[None, :]
             if GATE:
                 gate = gates[piece]
-                open = 1.0 / (1.0 + tl.exp(-gate))
+                open = tl.sigmoid(gate)
                 slope = open * (1.0 + gate * (1.0 - open))
                 gate *= open
                 if GATE_FIRST:

@@ -14,21 +14,13 @@ from widefield.ops.ssd._triton import _bounds, _kernel
 
 
 @triton.jit
-def _upper(a):
-    """A float32 tile rounded to bfloat16: as float32, and as itself; not-a-number may be lost."""
-    # By bits: conversions one by one take as long as the rest of a kernel.
-    bits = (a.to(tl.int32, bitcast=True) + 0x8000) >> 16
-    wide = (bits << 16).to(tl.float32, bitcast=True)
-    return wide, bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
 def _thirds(a):
     """A float32 tile as the sum of three of bfloat16, to its last place."""
-    wide, high = _upper(a)
-    rest = a - wide
-    wide, middle = _upper(rest)
-    return high, middle, (rest - wide).to(tl.bfloat16)
+    # By bits: conversions one by one take as long as the rest of a kernel.
+    high = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = a - high
+    middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
 
 
 @triton.jit
@@ -74,7 +66,7 @@ def _sums(sums_ptr, rests_ptr, tokens, t, inside, end):
 @_kernel
 def chunk_states(
     u_ptr, v_ptr, keys_ptr, mates_ptr, valid_ptr, table_ptr, effective_ptr, sums_ptr, rests_ptr,
-    edges_ptr, exact_ptr, states_ptr, met_ptr, passed_ptr, last_ptr,
+    edges_ptr, before_ptr, states_ptr, low_ptr, met_ptr, passed_ptr, last_ptr,
     length, segment, slots, heads, width, states, share,
     sub, sul, suh, swb, swl, swh, skb, skl, skg, smb, sml, smg, svb, svl,
     VALID: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
@@ -84,7 +76,8 @@ def chunk_states(
 ):  # fmt: skip
     """The state in front of each chunk of a segment, from that in front of the segment.
 
-    With x for u and B for keys. Also what C, the mates, read of it, times dy, which is v: how y
+    With x for u and B for keys. Rounded to bfloat16, it goes with the lower half of its bits, from
+    which the rest can be told. Also what C, the mates, read of it, times dy, which is v: how y
     changes with what is from before the chunk, for each token. Backward, with dy, x, C and B, from
     the last chunk to the first: the gradient of the state behind each chunk, how it changes with
     what each token adds, Δ left out, and with what passes the whole chunk.
@@ -137,26 +130,28 @@ def chunk_states(
         since, until = _left(sums, rests), _left(total - sums, rest - rests)
         spot = ((place * (segment // Q) + chunk) * heads + head) * blocks + block
         tile = spot * (BP * NS)
-        if BACKWARD:
-            before = tl.load(exact_ptr + tile + inner)
-            tl.store(
-                passed_ptr + spot * splits + split,
-                tl.sum(tl.sum(before * state, axis=1), axis=0) * whole,
-            )
-        else:
-            tl.store(exact_ptr + tile + inner, state)
         if WIDE:
+            tl.store(states_ptr + tile + inner, state)
             read = tl.dot(mates, tl.trans(state), input_precision=PRECISE)
-            if BACKWARD:
-                tl.store(states_ptr + tile + inner, state)
         else:
+            bits = state.to(tl.int32, bitcast=True)
+            rounded = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            tl.store(states_ptr + tile + inner, rounded)
+            if not BACKWARD:
+                tl.store(low_ptr + tile + inner, bits.to(tl.int16))
             high, middle, low = _thirds(state)
-            tl.store(states_ptr + tile + inner, high)
             read = tl.dot(mates, tl.trans(low))
             read = tl.dot(mates, tl.trans(middle), read)
             read = tl.dot(mates, tl.trans(high), read)
         met = tl.sum(read * v.to(tl.float32), axis=1)
         if BACKWARD:
+            before = tl.load(before_ptr + tile + inner)
+            if not WIDE:
+                low = tl.load(low_ptr + tile + inner).to(tl.int32)
+                bits = (before.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low
+                before = bits.to(tl.float32, bitcast=True)
+            passed = tl.sum(tl.sum(before * state, axis=1), axis=0) * whole
+            tl.store(passed_ptr + spot * splits + split, passed)
             met *= until
             weight = tl.where(inside, since, 0.0)
         else:

@@ -318,8 +318,8 @@ def _backward(call: _Call, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tenso
         if cut.slots > 1 or cut.table is not None:
             before, behind = _edges(call, made, dy, dfinal, dinitial)
             last = None
-        before, across, exact, _ = chunked.states(x, dy, B, C, before)
-        behind, stayed, _, passed = chunked.states(dy, x, C, B, behind, exact, last)
+        before, across, low, _ = chunked.states(x, dy, B, C, before)
+        behind, stayed, _, passed = chunked.states(dy, x, C, B, behind, (before, low), last)
         dC = chunked.projections(dy, x, B, before, 1)
         dB = chunked.projections(x, dy, C, behind, -1)
         *left, dD = chunked.inputs(dy, behind, across, stayed, passed, dx)
@@ -393,35 +393,37 @@ class _Chunked:
 
     def states(
         self, u: Tensor, v: Tensor, keys: Tensor, mates: Tensor, edges: Tensor | None,
-        exact: Tensor | None = None, last: Tensor | None = None,
+        chunks: tuple[Tensor, Tensor] | None = None, last: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The state in front of each chunk, what is read of it, and itself in float32.
+        """The state in front of each chunk, what is read of it, and the lower half of its bits.
 
-        With the latter, backward: its gradient behind each chunk, what is added to it, and what
-        passes a chunk; where a row is one segment, the gradient in front of all of it is `last`.
+        With the states and these halves, backward: its gradient behind each chunk, what is added
+        to it, and what passes a chunk; where a row is one segment, the gradient in front of all of
+        it is `last`.
         """
         call, cut = self.call, self.call.cut
         batch, length, heads, _ = u.shape
-        backward = exact is not None
+        backward = chunks is not None
         narrow = self.padded // self.narrow
         tiles = math.prod(self.spots) * self.blocks
-        wide = call.tiles(1)["WIDE"]
-        exact = call.empty(tiles * self.tile[0] * self.padded) if exact is None else exact
-        states = exact
-        if backward or not wide:
-            states = torch.empty_like(exact, dtype=torch.float32 if wide else torch.bfloat16)
+        dtype = torch.float32 if call.tiles(1)["WIDE"] else torch.bfloat16
+        states = torch.empty(tiles * self.tile[0] * self.padded, dtype=dtype, device=u.device)
+        low = states
+        if chunks is None and dtype == torch.bfloat16:
+            low = torch.empty_like(states, dtype=torch.int16)
+        before, low = chunks or (states, low)
         met = call.empty(narrow * self.blocks, batch, heads, length)
         passed = call.empty(tiles * narrow)
         unit, strides = _in_units(u, v, keys, mates)
         grid = (heads * self.blocks * narrow, cut.slots, batch)
         gradients.chunk_states[grid](
             u, v, keys, mates, *call.optional(call.inputs.valid, cut.table), *self.made,
-            *call.optional(edges), exact, states, met, passed, *call.optional(last),
+            *call.optional(edges), before, states, low, met, passed, *call.optional(last),
             *call.sizes, *strides, *call.valid_strides,
             EDGES=edges is not None, LAST=last is not None, BACKWARD=backward,
             **(self.settings(unit, 2) | {"BN": self.narrow}),
         )  # fmt: skip
-        return states, met, exact, passed
+        return states, met, low, passed
 
     def projections(self, u: Tensor, v: Tensor, keys: Tensor, states: Tensor, sign: int) -> Tensor:
         """The gradient of C, or with sign -1 of B."""
