@@ -26,7 +26,7 @@ class DroppingBlock(nn.Module):
     def normed(self, hidden_states: Tensor) -> Tensor:
         """What the block gives its mixer to read."""
         norm: Any = self.norm
-        ready = _take_normed(hidden_states, norm)
+        ready = _take_normed(hidden_states, norm, self)
         if ready is not None:
             return ready
         if isinstance(norm, Norm):
@@ -113,14 +113,11 @@ class ResidualBlock(DroppingBlock):
 
     def _next_norm(self) -> Norm | None:
         """The norm that reads this block's output and nothing else does before, or None."""
-        follower = self.__dict__.get("_widefield_follower")
-        norm = None if follower is None else follower.norm
+        norm = self.__dict__.get("_widefield_follower")
         if not (isinstance(norm, Norm) and _is_seen_by_nobody(norm)):
             return None
-        if not torch.is_inference_mode_enabled():
-            return norm
-        # Such tensors do not tell whether they have been changed: nobody may get to see them.
-        return norm if all(map(_is_seen_by_nobody, (self, follower))) else None
+        # Tensors of inference mode do not tell whether they have been changed on the way.
+        return None if torch.is_inference_mode_enabled() and not _is_seen_by_nobody(self) else norm
 
 
 def chain_blocks(model: nn.Module) -> None:
@@ -129,7 +126,7 @@ def chain_blocks(model: nn.Module) -> None:
         if isinstance(stack, nn.ModuleList):
             for block, following in itertools.pairwise(stack):
                 if isinstance(block, ResidualBlock) and isinstance(following, ResidualBlock):
-                    block.__dict__["_widefield_follower"] = following  # not its submodule
+                    block.__dict__["_widefield_follower"] = following.norm  # not its submodule
 
 
 def _is_seen_by_nobody(module: nn.Module) -> bool:
@@ -152,14 +149,14 @@ def _add_and_norm(
     return total
 
 
-def _take_normed(hidden_states: Tensor, norm: nn.Module) -> Tensor | None:
+def _take_normed(hidden_states: Tensor, norm: nn.Module, block: nn.Module) -> Tensor | None:
     """What the block before has already normed, if it is still the norm of these values."""
     ready = getattr(hidden_states, "_widefield_normed", None)
     if ready is None:
         return None
     del hidden_states._widefield_normed  # type: ignore[attr-defined]
     kept, normed, version = ready
-    known = version is None or version == hidden_states._version
+    known = _is_seen_by_nobody(block) if version is None else version == hidden_states._version
     return normed if kept is norm and known else None
 
 
