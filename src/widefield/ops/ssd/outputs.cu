@@ -5,11 +5,13 @@
 // C. Everything else of a chunk arrives in shared memory while the chunk before it is computed. For
 // a chunk:
 //
-//   scores = C Bᵀ                     tokens that read x tokens that are read
-//   y      = C stateᵀ                 both start at once; under them run the scaling of the state
-//                                     and Δ·x with its decay to the chunk's end
-//   y      = decays·y + (decays·Δ·scores) x
-//   state  = decay·state + (Δ·decays·x)ᵀ B     under this: skip, gate, sums of squares, y to memory
+//   scores = C Bᵀ              tokens that read x tokens that are read
+//   y      = C stateᵀ          of the state in front of the chunk
+//   state  = decay·state + (Δ·decays·x)ᵀ B
+//   own    = (decays·Δ·scores) x
+//   y      = decays·y + own, with skip and gate
+//
+// Products go on while the numbers for the next one are made.
 //
 //   STATES    64 or 128
 //   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
@@ -24,9 +26,9 @@
 
 constexpr int THREADS = 128 * COLUMNS;
 constexpr int STAGE = TILE * (2 * HALVES + (1 + HAS_GATE) * COLUMNS);
-constexpr int STATE = 2 * STAGE;          // where the copies of the states begin
+constexpr int STATE = 2 * STAGE;  // where the copies of the states begin
 constexpr int VECTORS = STATE + TILE * HALVES * COLUMNS;
-constexpr int FLOATS = 4 * CHUNK;         // of a warpgroup: see Walk::spread
+constexpr int FLOATS = 4 * CHUNK;  // of a warpgroup: see Walk::spread
 
 struct Parameters {
     const void *x, *B, *C, *z, *skip, *gain;
@@ -47,15 +49,13 @@ __device__ __forceinline__ float2 pair_at(const void* base, i64 index) {
     return make_float2(widen<KIND>(pair & 0xffff), widen<KIND>(pair >> 16));
 }
 
-// ---- a block --------------------------------------------------------------------------------------
-
 struct Walk {
     const Parameters& p;
     int thread, group, warp, lane;  // thread and warp of the warpgroup
     i64 row, head;
-    int channel, slot, count;       // first channel of the head; tokens of the segment
-    const u8 *x, *z, *B, *C;        // the next piece of each that this thread fetches
-    u8* y;                          // and writes
+    int channel, slot, count;  // first channel of the head; tokens of the segment
+    const u8 *x, *z, *B, *C;   // the next piece of each that this thread fetches
+    u8* y;                     // and writes
     const float *delta, *sums;
     float sum_next, delta_next, total_next;
 
@@ -70,15 +70,20 @@ struct Walk {
         count = left < p.segment ? static_cast<int>(left) : p.segment;
         i64 of = blockIdx.x * COLUMNS / SPLIT / p.share;
         int t = thread / 8, piece = thread % 8 * 16 + 2 * channel;
-        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head + (begin + t) * p.x_token + piece;
+        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head +
+            (begin + t) * p.x_token + piece;
         if (HAS_GATE)
-            z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head + (begin + t) * p.z_token + piece;
+            z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head +
+                (begin + t) * p.z_token + piece;
         t = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
-        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * p.B_token + piece;
-        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * p.C_token + piece;
+        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * p.B_token +
+            piece;
+        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * p.C_token +
+            piece;
         t = 16 * warp + lane / 8;
-        y = static_cast<u8*>(p.y) + ((row * p.length + begin + t) * p.heads + head) * (SPLIT * ROW) +
-            lane % 8 * 16 + 2 * channel;
+        y = static_cast<u8*>(p.y) +
+            ((row * p.length + begin + t) * p.heads + head) * (SPLIT * ROW) + lane % 8 * 16 +
+            2 * channel;
         delta = p.delta + (row * p.heads + head) * p.length + begin;
         sums = p.sums + (row * p.heads + head) * p.length + begin;
     }
@@ -87,7 +92,9 @@ struct Walk {
     __device__ __forceinline__ u32 x_tile(int stage) const {
         return b_tile(stage) + TILE * (2 * HALVES + group);
     }
-    __device__ __forceinline__ u32 z_tile(int stage) const { return x_tile(stage) + TILE * COLUMNS; }
+    __device__ __forceinline__ u32 z_tile(int stage) const {
+        return x_tile(stage) + TILE * COLUMNS;
+    }
     __device__ __forceinline__ u32 state_tile() const { return STATE + TILE * HALVES * group; }
     __device__ __forceinline__ u32 vector(int which) const {
         return VECTORS + 4 * (FLOATS * group + CHUNK * which);
@@ -115,8 +122,8 @@ struct Walk {
         }
         copies_commit();
     }
-    // The fetched vectors, where the whole warpgroup reads them: sums; Δ; Δ with the decay to the end
-    // of the chunk; Δ with the decay to the end of 16 tokens.
+    // The fetched vectors, where the whole warpgroup reads them: sums; Δ; Δ with the decay to the
+    // end of the chunk; Δ with the decay to the end of 16 tokens.
     __device__ __forceinline__ void spread() const {
         float near = __shfl_sync(~0u, sum_next, lane | 15);
         if (thread < CHUNK) {
@@ -133,7 +140,8 @@ struct Walk {
     // What lies at a lane's places in 64 x STATES numbers of the head.
     using State = float[32 * HALVES];
     __device__ __forceinline__ i64 state_at(i64 number, int q) const {
-        return ((number * p.heads + head) * SPLIT * 64 + channel + my_row()) * STATES + 8 * q + my_column();
+        return ((number * p.heads + head) * SPLIT * 64 + channel + my_row()) * STATES + 8 * q +
+               my_column();
     }
     __device__ __forceinline__ void add_state(State& state, const float* from, i64 number) const {
 #pragma unroll
@@ -166,7 +174,8 @@ struct Walk {
         for (int q = 0; q < 8 * HALVES; q++) {
             float* at = p.final + state_at(row, q);
             *reinterpret_cast<float2*>(at) = make_float2(last[4 * q], last[4 * q + 1]);
-            *reinterpret_cast<float2*>(at + 8 * STATES) = make_float2(last[4 * q + 2], last[4 * q + 3]);
+            *reinterpret_cast<float2*>(at + 8 * STATES) =
+                make_float2(last[4 * q + 2], last[4 * q + 3]);
         }
     }
     // Where a lane writes its part of four matrices: 16 rows of its warp, pieces q and q + 1.
@@ -218,7 +227,8 @@ struct Walk {
         for (int h = 0; h < 2; h++) {
             int j = 4 * (16 * WARP + 8 * h + my_column());
             float2 s = read<float2>(vector(0) + j), w = read<float2>(vector(1) + j);
-            if (h == 0) d.own[0] = exp2_fast(upper - s.x) * w.x, d.own[1] = exp2_fast(upper - s.y) * w.y;
+            if (h == 0)
+                d.own[0] = exp2_fast(upper - s.x) * w.x, d.own[1] = exp2_fast(upper - s.y) * w.y;
             d.own[2 + 2 * h] = exp2_fast(lower - s.x) * w.x;
             d.own[3 + 2 * h] = exp2_fast(lower - s.y) * w.y;
         }
@@ -239,9 +249,11 @@ struct Walk {
                                  : 0;
             if (k == WARP) {
                 bool first = my_column() <= lane / 4, second = my_column() < lane / 4;
-                to[0] = pack_bfloat16(first ? v[0] * d.own[0] : 0.0f, second ? v[1] * d.own[1] : 0.0f);
+                to[0] =
+                    pack_bfloat16(first ? v[0] * d.own[0] : 0.0f, second ? v[1] * d.own[1] : 0.0f);
                 to[1] = pack_bfloat16(v[2] * d.own[2], v[3] * d.own[3]);
-                to[3] = pack_bfloat16(first ? v[6] * d.own[4] : 0.0f, second ? v[7] * d.own[5] : 0.0f);
+                to[3] =
+                    pack_bfloat16(first ? v[6] * d.own[4] : 0.0f, second ? v[7] * d.own[5] : 0.0f);
             }
         }
     }
@@ -250,7 +262,8 @@ struct Walk {
 #pragma unroll
         for (int q = 0; q < 8; q += 2) read_matrices(pairs + 2 * q, tile + corner(q));
     }
-    static __device__ __forceinline__ void add_skip(float (&y)[32], const u32 (&x)[16], float skip) {
+    static __device__ __forceinline__ void add_skip(float (&y)[32], const u32 (&x)[16],
+                                                    float skip) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             y[2 * i] = fmaf(low(x[i]), skip, y[2 * i]);
@@ -266,8 +279,8 @@ struct Walk {
         return y * (z * reciprocal(1.0f + exp2_fast(-LOG2E * z)));
     }
     // Behind the gate, times the gain; and the sums of squares before that.
-    __device__ __forceinline__ void gate(float (&y)[32], const u32 (&z)[16], const float2 (&gain)[8],
-                                         int first) const {
+    __device__ __forceinline__ void gate(float (&y)[32], const u32 (&z)[16],
+                                         const float2 (&gain)[8], int first) const {
         float square[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
@@ -312,17 +325,19 @@ __device__ __forceinline__ void multiply_by_states(float (&d)[32], u64 a, u64 b)
     products_commit();
 }
 template <int WARP>
-__device__ __forceinline__ void weigh_scores(const Walk& walk, Walk::Decays& decays, u32 (&weights)[16],
-                                             float (&scores)[32]) {
+__device__ __forceinline__ void weigh_scores(const Walk& walk, Walk::Decays& decays,
+                                             u32 (&weights)[16], float (&scores)[32]) {
     walk.find<WARP>(decays);
     products_wait<2>();
     pin(scores);
     walk.apply<WARP>(weights, scores, decays);
 }
 
-// Starts y as C stateᵀ, and the state behind the chunk; the scores become what the chunk itself adds to y.
-__device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)[32], float (&scores)[32],
-                                         Walk::State& state, Walk::Decays& decays) {
+// Starts y as C stateᵀ, and the state behind the chunk; the scores become what the chunk itself
+// adds to y.
+__device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)[32],
+                                         float (&scores)[32], Walk::State& state,
+                                         Walk::Decays& decays) {
     u32 written[16], weights[16];
     u64 b = described(walk.b_tile(stage)), c = described(walk.c_tile(stage));
     pin(scores), pin(y);
@@ -334,19 +349,27 @@ __device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)
     products_begin();
     multiply_by_tokens(state, written, b, true);
     switch (walk.warp) {
-        case 0: weigh_scores<0>(walk, decays, weights, scores); break;
-        case 1: weigh_scores<1>(walk, decays, weights, scores); break;
-        case 2: weigh_scores<2>(walk, decays, weights, scores); break;
-        default: weigh_scores<3>(walk, decays, weights, scores);
+        case 0:
+            weigh_scores<0>(walk, decays, weights, scores);
+            break;
+        case 1:
+            weigh_scores<1>(walk, decays, weights, scores);
+            break;
+        case 2:
+            weigh_scores<2>(walk, decays, weights, scores);
+            break;
+        default:
+            weigh_scores<3>(walk, decays, weights, scores);
     }
     pin(scores);
     products_begin();
     multiply_by_tokens(scores, weights, described(walk.x_tile(stage)), false);
 }
 
-// A chunk of tokens. The state comes in with the decay over this chunk, and goes on with that over the
-// next; the next chunk's numbers come in under it.
-__device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, int first, float skip) {
+// A chunk of tokens. The state comes in with the decay over this chunk, and goes on with that over
+// the next; the next chunk's numbers come in under it.
+__device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, int first,
+                                     float skip) {
     float scores[32], y[32];
     Walk::Decays decays;
     multiply(walk, stage, y, scores, state, decays);

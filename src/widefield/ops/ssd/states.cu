@@ -1,9 +1,9 @@
-// What a segment adds to the state of a head in Mamba-2's scan, on Hopper's tensor cores, as exact as
-// float32: Δ·decay·x goes into it as three parts of bfloat16.
+// What a segment adds to the state of a head in Mamba-2's scan, on Hopper's tensor cores, as exact
+// as float32: Δ·decay·x goes into it as three parts of bfloat16.
 //
-// A block is a warpgroup (128 threads) and has 64 channels of a head. It walks from the last chunk of
-// 64 tokens to the first, so that every token's decay is one power of the sum of all logarithms behind
-// it. Where that is below 2^-150 nothing is added, but what is not finite is still found.
+// A block is a warpgroup (128 threads) and has 64 channels of a head. It walks from the last chunk
+// of 64 tokens to the first, so that every token's decay is one power of the sum of all logarithms
+// behind it. Where that is below 2^-150 nothing is added, but what is not finite is still found.
 //
 //   STATES    64 or 128
 //   SPLIT     how many blocks share the channels of a head
@@ -29,9 +29,9 @@ struct Walk {
     const Parameters& p;
     int thread, warp, lane;
     i64 row, head;
-    int channel, slot, count;  // first channel of the head; tokens of the segment
-    const u8 *x, *B;           // the next piece of each that this thread fetches
-    i64 vectors;               // where Δ and sums of the segment begin
+    int channel, slot, count;                   // first channel of the head; tokens of the segment
+    const u8 *x, *B;                            // the next piece of each that this thread fetches
+    i64 vectors;                                // where Δ and sums of the segment begin
     float delta, sum, rest, total, total_rest;  // of the chunk that was fetched last
 
     __device__ __forceinline__ Walk(const Parameters& q) : p(q) {
@@ -68,7 +68,8 @@ struct Walk {
             i64 at = vectors + first;
             delta = sum = rest = 0.0f;
             if (thread < left)
-                delta = p.delta[at + thread], sum = p.sums[at + thread], rest = p.rests[at + thread];
+                delta = p.delta[at + thread], sum = p.sums[at + thread],
+                rest = p.rests[at + thread];
             total = p.sums[at + left - 1], total_rest = p.rests[at + left - 1];
         }
         copies_commit();
@@ -93,7 +94,8 @@ struct Walk {
         pin(state);
     }
     // Two numbers as pairs of their first, second and third 8 bits.
-    static __device__ __forceinline__ void split(float a, float b, u32& upper, u32& middle, u32& lower) {
+    static __device__ __forceinline__ void split(float a, float b, u32& upper, u32& middle,
+                                                 u32& lower) {
         float c = first_bits(a), d = first_bits(b);
         upper = pack_bfloat16(c, d);
         a -= c, b -= d, c = first_bits(a), d = first_bits(b);
@@ -109,7 +111,8 @@ struct Walk {
 #pragma unroll
         for (int i = 0; i < STAGE / (16 * 128); i++) {
             uint4 v = read<uint4>(stage * STAGE + 16 * (128 * i + thread));
-            found = found || not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
+            found =
+                found || not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
         }
         return found ? __uint_as_float(0x7fffffffu) : 0.0f;
     }
@@ -126,9 +129,11 @@ struct Walk {
         float2 a = read<float2>(VECTOR), b = read<float2>(VECTOR + 8);
         return a.x + a.y + b.x + b.y;
     }
-    __device__ __forceinline__ void store(const float (&state)[32 * HALVES], float poison, float since) {
+    __device__ __forceinline__ void store(const float (&state)[32 * HALVES], float poison,
+                                          float since) {
         i64 segment = (row * p.slots + slot) * p.heads + head;
-        float* to = p.added + (segment * SPLIT * 64 + channel + 16 * warp + lane / 4) * STATES + lane % 4 * 2;
+        float* to = p.added + (segment * SPLIT * 64 + channel + 16 * warp + lane / 4) * STATES +
+                    lane % 4 * 2;
 #pragma unroll
         for (int q = 0; q < 8 * HALVES; q++) {
             const float* v = state + 4 * q;
@@ -152,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     for (int stage = 0; first >= 0; first -= CHUNK, stage ^= 1) {
         float ahead = (walk.total - walk.sum) + (walk.total_rest - walk.rest) + since;
         bool alive = !(since < LEAST);
-        if (walk.thread < CHUNK) write_float(VECTOR + 4 * walk.thread, walk.delta * exp2_fast(ahead));
+        if (walk.thread < CHUNK)
+            write_float(VECTOR + 4 * walk.thread, walk.delta * exp2_fast(ahead));
         since += walk.total + walk.total_rest;
         copies_wait();
         publish();

@@ -1,5 +1,5 @@
-// Tiles of 64 tokens in shared memory, and products of them on Hopper's tensor cores. For every file
-// that includes this:
+// Tiles of 64 tokens in shared memory, and products of them on Hopper's tensor cores. For every
+// file that includes this:
 //   STATES 64 or 128
 //
 // Tiles are bfloat16, in rows of 64 numbers whose pieces of 16 bytes are exchanged as the tensor
@@ -8,12 +8,10 @@
 // columns 8 q + lane % 4 * 2 and one further, for each q in the order of the registers.
 
 constexpr int CHUNK = 64;
-constexpr int ROW = 128;                  // bytes of a row of 64 numbers
-constexpr int TILE = CHUNK * ROW;         // bytes of 64 such rows
+constexpr int ROW = 128;           // bytes of a row of 64 numbers
+constexpr int TILE = CHUNK * ROW;  // bytes of 64 such rows
 constexpr int HALVES = STATES / 64;
-constexpr int PIECES = 8 * HALVES;        // of 16 bytes, of a token's B or C
-
-// ---- PTX ------------------------------------------------------------------------------------------
+constexpr int PIECES = 8 * HALVES;  // of 16 bytes, of a token's B or C
 
 extern __shared__ __align__(1024) u8 shared_memory[];
 
@@ -58,13 +56,12 @@ __device__ __forceinline__ void read_matrices(u32* r, u32 row) {
                  : "r"(address(row)));
 }
 __device__ __forceinline__ void write_matrices(u32 row, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(row)),
-                 "r"(a), "r"(b), "r"(c), "r"(d));
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(row)),
+        "r"(a), "r"(b), "r"(c), "r"(d));
 }
 
-__device__ __forceinline__ void products_begin() {
-    asm volatile("wgmma.fence.sync.aligned;");
-}
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;"); }
 __device__ __forceinline__ void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;");
 }
@@ -80,12 +77,12 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]));
 }
 
-#define D8(d, i) \
+#define D8(d, i)                                                                                \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32(d) D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24)
-#define N32                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "  \
+#define N32                                                                                  \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 
 // d (+)= a b of 64 x 16 and 16 x 64; rows of a and columns of b lie along memory.
@@ -120,14 +117,13 @@ __device__ __forceinline__ void multiply_turned(float (&d)[64], const u32* a, u6
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// ---- places ---------------------------------------------------------------------------------------
-
 // Of a piece of 16 bytes in a tile of rows of 128.
 __device__ __forceinline__ u32 spot(int row, int piece) {
     return row * ROW + ((piece ^ (row & 7)) << 4);
 }
 
-// How the tensor cores find a tile: 8 rows are 1,024 bytes, tiles side by side are TILE bytes apart.
+// How the tensor cores find a tile: 8 rows are 1,024 bytes, tiles side by side are TILE bytes
+// apart.
 __device__ __forceinline__ u64 described(u32 tile) {
     return static_cast<u64>((address(tile) & 0x3ffff) >> 4) | static_cast<u64>(TILE >> 4) << 16 |
            static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
@@ -145,8 +141,7 @@ __device__ __forceinline__ void scale(float (&d)[N], float by) {
 // Of a tile of tokens and so many pieces each, in turns of STEP threads; zeros behind the last
 // token. The thread's piece moves on to the next chunk.
 template <bool WHOLE, int WIDE, int STEP>
-__device__ __forceinline__ void fetch_tile(u32 to, const u8*& from, i64 token, int self,
-                                           int left) {
+__device__ __forceinline__ void fetch_tile(u32 to, const u8*& from, i64 token, int self, int left) {
     constexpr int ROWS = STEP / WIDE;  // a multiple of 8: pieces stay where they are in a row
     static_assert(STEP % WIDE == 0 && ROWS % 8 == 0, "turns do not fit");
     int t = self / WIDE, piece = self % WIDE;
@@ -173,8 +168,10 @@ __device__ __forceinline__ void read_channels(u32 (&r)[16], u32 tile, int warp, 
 }
 // d (+)= a b of a matrix in registers and a tile, over the chunk's tokens.
 template <int N>
-__device__ __forceinline__ void multiply_by_tokens(float (&d)[N], const u32 (&a)[16], u64 b, bool add) {
+__device__ __forceinline__ void multiply_by_tokens(float (&d)[N], const u32 (&a)[16], u64 b,
+                                                   bool add) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) multiply_turned(d, a + 4 * k, b + (k * 16 * ROW >> 4), add || k > 0);
+    for (int k = 0; k < 4; k++)
+        multiply_turned(d, a + 4 * k, b + (k * 16 * ROW >> 4), add || k > 0);
     products_commit();
 }
