@@ -99,6 +99,18 @@ def test_hooks_of_a_block_and_its_parts_have_their_way(hook: Any, where: str, id
 
 
 @on_triton
+@pytest.mark.parametrize("where", ["mixer", ""])
+def test_hooks_have_their_way_in_inference_mode(where: str, ids: Tensor) -> None:
+    models = pair()
+    for model in models:
+        block = model.backbone.layers[1]
+        (getattr(block, where) if where else block).register_forward_hook(add_one_in_place)
+    stock, ours = models
+    with torch.inference_mode():
+        assert relative(ours(ids).logits, stock(ids).logits) < 1e-5
+
+
+@on_triton
 def test_no_norm_outlives_the_block_that_uses_it(ids: Tensor) -> None:
     _, ours = pair()
     for value in ours(ids, output_hidden_states=True).hidden_states:

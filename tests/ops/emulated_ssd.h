@@ -32,7 +32,9 @@ static unsigned pack_bfloat16(float low, float high) {
 static unsigned pack_half(float low, float high) {
     return rounded(low, false) | rounded(high, false) << 16;
 }
-static float widened(unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+static float widened(unsigned short bits) {
+    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
 
 // The rows of four matrices of 8 x 8 numbers, as the lanes of a warp have given them.
 static const Warp& with_rows(unsigned row) {
@@ -43,7 +45,8 @@ static const Warp& with_rows(unsigned row) {
 }
 static void read_matrices(unsigned* r, unsigned row) {
     const Warp& warp = with_rows(row);
-    for (int m = 0; m < 4; m++) r[m] = read_as<unsigned>(warp.values[8 * m + current % 32 / 4] + current % 4 * 4);
+    for (int m = 0; m < 4; m++)
+        r[m] = read_as<unsigned>(warp.values[8 * m + current % 32 / 4] + current % 4 * 4);
     __syncwarp();
 }
 static void read_turned(unsigned* r, unsigned row) {
@@ -51,7 +54,8 @@ static void read_turned(unsigned* r, unsigned row) {
     for (int m = 0; m < 4; m++) {
         unsigned pair[2];
         for (int i = 0; i < 2; i++)
-            pair[i] = read_as<unsigned short>(warp.values[8 * m + current % 4 * 2 + i] + current % 32 / 4 * 2);
+            pair[i] = read_as<unsigned short>(warp.values[8 * m + current % 4 * 2 + i] +
+                                              current % 32 / 4 * 2);
         r[m] = pair[0] | pair[1] << 16;
     }
     __syncwarp();
@@ -60,7 +64,8 @@ static void write_matrices(unsigned row, unsigned a, unsigned b, unsigned c, uns
     const Warp& warp = with_rows(row);
     unsigned value[] = {a, b, c, d};
     for (int m = 0; m < 4; m++)
-        std::memcpy(shared_at(warp.values[8 * m + current % 32 / 4] + current % 4 * 4), &value[m], 4);
+        std::memcpy(shared_at(warp.values[8 * m + current % 32 / 4] + current % 4 * 4), &value[m],
+                    4);
     __syncwarp();
 }
 
@@ -68,7 +73,8 @@ static void write_matrices(unsigned row, unsigned a, unsigned b, unsigned c, uns
 static float operand(unsigned long long described, int along, int across) {
     unsigned start = (described & 0x3fff) << 4, beside = (described >> 16 & 0x3fff) << 4;
     unsigned eight = (described >> 32 & 0x3fff) << 4;
-    unsigned at = start + along / 64 * beside + across / 8 * eight + across % 8 * 128 + along % 64 * 2;
+    unsigned at =
+        start + along / 64 * beside + across / 8 * eight + across % 8 * 128 + along % 64 * 2;
     return widened(read_as<unsigned short>(at ^ (at >> 7 & 7) << 4));
 }
 static void multiply_tiles(float (&d)[32], unsigned long long a, unsigned long long b, int add) {
@@ -76,7 +82,8 @@ static void multiply_tiles(float (&d)[32], unsigned long long a, unsigned long l
     for (int i = 0; i < 32; i++) {
         int column = i / 4 * 8 + current % 4 * 2 + i % 2;
         double sum = add ? d[i] : 0.0;
-        for (int k = 0; k < 16; k++) sum += operand(a, k, row + i / 2 % 2 * 8) * operand(b, k, column);
+        for (int k = 0; k < 16; k++)
+            sum += operand(a, k, row + i / 2 % 2 * 8) * operand(b, k, column);
         d[i] = sum;
     }
 }

@@ -51,7 +51,8 @@ def build(
 def _translated(source: str, name: str, threads: int, shared: int) -> str:
     for function in _REPLACED:
         source, count = re.subn(
-            rf"(template <\w+ \w+>\n)?__device__ __forceinline__ \w+ {function}\(.*?\n\}}\n",
+            rf"(template <\w+ \w+>\n)?__device__ __forceinline__ \w+ {function}\([^{{]*"
+            r"\{(?:[^\n]+\}\n|\n.*?\n\}\n)",
             "",
             source,
             flags=re.S,

@@ -103,19 +103,18 @@ class SSDMixer(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The norm's scale, one number a token, may as well be applied behind `out_proj`."""
         norm, z = self.norm, gate.unflatten(-1, (self.num_heads, self.head_dim))
-        if not (self._scales_rows(gate) and ops.gates_in_the_scan(inputs, z, norm.weight)):
-            return super().scan_unscaled(inputs, gate, plan)
-        assert isinstance(norm, GatedNorm)
-        y, state, squares = ops.gated_ssd(inputs, z, norm.weight, plan)
-        scale = ops.inverse_rms(squares, self.intermediate_size, norm.variance_epsilon)
-        return y.flatten(2), state, scale
+        if isinstance(norm, GatedNorm) and self._scales_rows(norm, gate):
+            weight: Tensor = norm.weight
+            if ops.gates_in_the_scan(inputs, z, weight):
+                y, state, squares = ops.gated_ssd(inputs, z, weight, plan)
+                eps: float = norm.variance_epsilon
+                return y.flatten(2), state, ops.inverse_rms(squares, weight.shape[0], eps)
+        return super().scan_unscaled(inputs, gate, plan)
 
-    def _scales_rows(self, gate: Tensor) -> bool:
+    def _scales_rows(self, norm: GatedNorm, gate: Tensor) -> bool:
         """Whether the gated norm multiplies whole rows, and nothing but a product comes behind."""
-        norm = self.norm
         return (
-            isinstance(norm, GatedNorm)
-            and norm.groups == 1
+            norm.groups == 1
             and norm.gate_first
             and type(self).gated is SSDMixer.gated
             and is_bare(norm)

@@ -41,6 +41,7 @@ def _forward(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     values = ()
     gates = ()
+    share = tl.full((ROWS, 1), 1.0, tl.float32)
     if SCALED:
         share = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
     for piece in tl.static_range(PIECES):

@@ -273,13 +273,12 @@ def _run(
 
 
 def _on_tensor_cores(call: _Call, gate: native.Gate | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, B = call.x, call.B
-    batch, length, heads, _ = x.shape
-    made = [call.empty(batch, heads, length) for _ in range(3)]
-    with torch.cuda.device_of(x):
+    batch, length, heads, _ = call.x.shape
+    cut, made = call.cut, [call.empty(batch, heads, length) for _ in range(3)]
+    with torch.cuda.device_of(call.x):
         call.run_deltas(made)
-        passed = call.segment_states(x, B, made, backward=False)
-        return native.outputs(call.inputs, made, passed, call.cut.segment, gate)
+        passed = native.states(call.inputs, made, cut.segment, cut.slots)
+        return native.outputs(call.inputs, made, passed, cut.segment, gate)
 
 
 def _forward(call: _Call) -> tuple[Tensor, Tensor]:

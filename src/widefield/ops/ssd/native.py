@@ -1,4 +1,4 @@
-"""The y of Mamba-2's scan in CUDA C++, for Hopper's tensor cores: its variants and its launch."""
+"""Mamba-2's scan in CUDA C++, for Hopper's tensor cores: variants and launches of its kernels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from widefield.ops import _nvrtc
 from widefield.ops._backend import wants_cuda_cpp
 from widefield.plan import SSDInputs
 
-__all__ = ["Gate", "outputs", "segment_of", "supports"]
+__all__ = ["BLOCKS", "COLUMNS", "Gate", "outputs", "segment_of", "states", "supports"]
 
-_SOURCE = Path(__file__).with_name("outputs.cu")
+_FOLDER = Path(__file__).parent
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDTH = 64  # channels of a warpgroup
 _CHUNK = 64  # tokens
 _TILE = _CHUNK * 128  # bytes
 _MOST_SEGMENTS = 64
-COLUMNS = 1
-BLOCKS = 2
+COLUMNS = 1  # warpgroups of a block of the kernel of y
+BLOCKS = 2  # of those, that run on a multiprocessor at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,23 @@ class Gate:
     gain: Tensor
 
 
-class _Parameters(ctypes.Structure):
-    """The kernel's struct of the same name."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "x", "B", "C", "z", "skip", "gain", "delta", "sums", "added", "kept", "initial", "y",
-            "squares", "final",
-        )),
-        *((f"{name}_{step}", ctypes.c_longlong) for name in ("x", "B", "C", "z")
+def _fields(pointers: str, strided: str) -> list[tuple[str, Any]]:
+    """Of a kernel's struct `Parameters`."""
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((f"{name}_{step}", ctypes.c_longlong) for name in strided.split()
           for step in ("row", "token", "head")),
         ("length", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("segment", "slots", "heads", "share")),
-    )  # fmt: skip
+    ]  # fmt: skip
+
+
+class _Outputs(ctypes.Structure):
+    _fields_ = _fields("x B C z skip gain delta sums added kept initial y squares final", "x B C z")
+
+
+class _States(ctypes.Structure):
+    _fields_ = _fields("x B delta sums rests added kept", "x B")
 
 
 def supports(inputs: SSDInputs, gate: Gate | None = None) -> bool:
@@ -100,10 +104,39 @@ def segment_of(processors: int, blocks: int, length: int) -> int:
 
     def cost(slots: int) -> float:
         # What a segment takes beyond its chunks, here and in the pass before, is that of so many.
-        return -(-blocks * slots // processors) * (-(-chunks // slots) + 10)
+        return -(-blocks * slots // processors) * (-(-chunks // slots) + 2)
 
     slots = min(range(1, min(_MOST_SEGMENTS, chunks) + 1), key=cost)
     return _CHUNK * -(-chunks // slots)
+
+
+def states(
+    inputs: SSDInputs, made: Sequence[Tensor], segment: int, slots: int
+) -> tuple[Tensor, Tensor]:
+    """What each segment adds to the state, and what it leaves of the state before.
+
+    Args:
+        inputs: what the scan reads.
+        made: Δ and the sums of logarithms of decays since each chunk's start, with what rounding
+            left of these, (B, H, L), float32.
+        segment: tokens of a segment.
+        slots: segments of a row.
+
+    Returns:
+        (B, segments, H, P, N) and (B, segments, H), float32.
+    """
+    x, B = inputs.x, inputs.B
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    split = width // _WIDTH
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    added, kept = empty(batch, slots, heads, width, size), empty(batch, slots, heads)
+    kernel = _states_kernel(x.device.index, size, split)
+    strides = (2 * stride for t in (x, B) for stride in _outer(t))
+    pointers = (t.data_ptr() for t in (x, B, *made, added, kept))
+    sizes = (length, segment, slots, heads, heads // groups)
+    kernel.launch((heads * split, slots, batch), _States(*pointers, *strides, *sizes))
+    return added, kept
 
 
 def outputs(
@@ -114,13 +147,12 @@ def outputs(
     gate: Gate | None,
     columns: int = COLUMNS,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run it.
+    """What comes out of the scan.
 
     Args:
         inputs: what the scan reads.
-        made: Δ and the sums of logarithms of decays since each chunk's start, (B, H, L), float32.
-        passed: what each segment adds to the state, (B, segments, H, P, N), and what it leaves of
-            the state before, (B, segments, H), float32.
+        made: as in `states`.
+        passed: what `states` returns.
         segment: tokens of a segment.
         gate: what y passes through, or None.
         columns: warpgroups of a block.
@@ -139,17 +171,14 @@ def outputs(
     final = empty(batch, heads, width, size)
     squares = None if gate is None else empty(batch, length, heads * split)
     kinds = (_kind(skip), _kind(gain))
-    kernel = _kernel(x.device.index, size, columns, split, *kinds, initial is not None)
+    kernel = _outputs_kernel(x.device.index, size, columns, split, *kinds, initial is not None)
     slots = passed[1].shape[1]
-    pointers = (x, B, C, z, skip, gain, *made[:2], *passed, initial, y, squares, final)
-    kernel.launch(
-        (heads * split // columns, slots, batch),
-        _Parameters(
-            *(0 if t is None else t.data_ptr() for t in pointers),
-            *(2 * stride for t in (x, B, C, z) for stride in _outer(t)),
-            *(length, segment, slots, heads, heads // groups),
-        ),
-    )
+    tensors = (x, B, C, z, skip, gain, *made[:2], *passed, initial, y, squares, final)
+    pointers = (0 if t is None else t.data_ptr() for t in tensors)
+    strides = (2 * stride for t in (x, B, C, z) for stride in _outer(t))
+    sizes = (length, segment, slots, heads, heads // groups)
+    grid = (heads * split // columns, slots, batch)
+    kernel.launch(grid, _Outputs(*pointers, *strides, *sizes))
     return y, final, squares
 
 
@@ -166,7 +195,16 @@ def _outer(tensor: Tensor | None) -> Any:
 
 
 @functools.cache
-def _kernel(
+def _states_kernel(device: int | None, states: int, split: int) -> _nvrtc.Kernel:
+    """One variant, compiled and loaded on the current device."""
+    shared = 2 * _TILE * (states // 64 + 1) + 4 * _CHUNK
+    macros = {"STATES": states, "SPLIT": split}
+    source = _FOLDER / "states.cu"
+    return _nvrtc.build(source, "ssd_states", macros, threads=128, shared=shared, only_here=True)
+
+
+@functools.cache
+def _outputs_kernel(
     device: int | None,
     states: int,
     columns: int,
@@ -184,6 +222,7 @@ def _kernel(
         "HAS_GATE": gated, "GAIN_KIND": gain or 0,
     }  # fmt: skip
     shared = 2 * stage + (_TILE * halves + 4 * 4 * _CHUNK) * columns
+    source, threads = _FOLDER / "outputs.cu", 128 * columns
     return _nvrtc.build(
-        _SOURCE, "ssd_outputs", macros, threads=128 * columns, shared=shared, only_here=True
+        source, "ssd_outputs", macros, threads=threads, shared=shared, only_here=True
     )
