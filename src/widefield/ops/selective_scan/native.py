@@ -46,6 +46,7 @@ class Layout:
     slots: int = 4
     stages: int = 0
     tensor: bool = False
+    turns: int = 1
 
     @property
     def warps(self) -> int:
@@ -68,7 +69,8 @@ class Layout:
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
             part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
-        return self.slots * (4 * (2 * delta + projections + sums) + 24)
+        handed = 4 * 64 * self.consumers * self.turns if self.turns > 1 else 0
+        return self.slots * (4 * (2 * delta + projections + sums) + 24) + handed
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
