@@ -335,7 +335,7 @@ def test_the_struct_is_the_one_of_the_kernel() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_warp_has_one_role(layout: native.Layout) -> None:
-    consumers = (1 << layout.consumers) - 1
+    consumers = (1 << layout.consumers * layout.turns) - 1
     assert not consumers & layout.producers
     assert not (consumers | layout.producers) & layout.finishers
     assert layout.warps <= 32 and layout.channels % 4 == 0
@@ -364,7 +364,9 @@ def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
         (1, 1536, 16, "brief", 232_448, native._TENSOR[3]),
         (2, 2048, 16, "brief", 101_376, dataclasses.replace(native._TENSOR[4], slots=4)),
         (1, 1536, 16, "floored", 232_448, native._FLOORED[3]),
-        (1, 512, 16, "brief", 232_448, native._SPREAD),
+        (1, 1024, 16, "brief", 232_448, native._TENSOR[2]),
+        (1, 512, 16, "brief", 232_448, native._TENSOR[1]),
+        (1, 512, 16, "floored", 232_448, native._TENSOR[1]),
     ],
 )
 def test_every_multiprocessor_gets_a_block(

@@ -18,9 +18,10 @@
 //   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND
 //   STATES    8, 16 or 32
 //   GROUP     8 or 16 lanes a channel
-//   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
+//   CONSUMERS how many warps, for each of TURNS; PRODUCERS, FINISHERS: which warps, as bits
 //   SLOTS     buffers
 //   TENSOR    1: sums over the states on tensor cores, for bfloat16
+//   TURNS     how many warps take turns along the tokens of the same channels; for TENSOR
 //   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
 //   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
 //   ENDS      where the row's sequences end: 0 there is one, 1 as int, 2 as long long
@@ -58,9 +59,8 @@ constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
 constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
-constexpr int TURN = 16;  // tokens, where consumers take turns
-constexpr int PITCH = CONSUMERS == 3 ? 4 : CONSUMERS;  // from a consumer to the one with the next turn
-constexpr int STATE = 64;  // floats that a warp hands to the next one
+constexpr int TURN = 16;   // tokens of a turn
+constexpr int STATE = 64;  // floats that a warp hands to the one with the next turn
 
 __device__ constexpr int delta_of(int channel) { return channel * DELTA_PITCH + channel / 8 * 8; }
 
@@ -253,8 +253,9 @@ struct Buffers {
     __device__ __forceinline__ Shared full(u32 slot) const { return barrier(0, slot); }
     __device__ __forceinline__ Shared done(u32 slot) const { return barrier(1, slot); }
     __device__ __forceinline__ Shared free(u32 slot) const { return barrier(2, slot); }
-    __device__ __forceinline__ Shared states() const {  // the first of them begins STATE further on
-        return start + (SLOTS * (BUFFER + 6) - STATE);
+    // Where a warp finds the states when its turn comes.
+    __device__ __forceinline__ Shared states(int consumer) const {
+        return start + (SLOTS * (BUFFER + 6) + consumer * STATE);
     }
 };
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
@@ -1010,7 +1011,7 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
     }
 }
 
-// Of two warps, one of which waits until the other has arrived.
+// Of two warps, one of which waits until the other has arrived. Barrier 0 is the whole block's.
 __device__ __forceinline__ void pair_arrive(int barrier) {
     asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
 }
@@ -1018,84 +1019,86 @@ __device__ __forceinline__ void pair_wait(int barrier) {
     asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
 }
 
-// The states of a warp's channels, handed to the warp whose turn is next.
-__device__ __forceinline__ void hand_over(Shared to, int barrier, const float (&h)[2]) {
-    write2(to, h[0], h[1]);
-    pair_arrive(barrier);
-}
-__device__ __forceinline__ void take_over(float (&h)[2], Shared from, int barrier) {
-    pair_wait(barrier);
-    read2(h, from);
-}
-
-// The same numbers again, but TURNS warps of one scheduler share the channels, and take turns of
-// TURN tokens. What needs no state is done before a warp has it: so while one warp advances it,
-// the others keep the scheduler and the special-function unit busy.
+// The same numbers again, but TURNS warps share the channels and take turns of TURN tokens. A warp
+// computes what needs no state before it has it, and C·h of its last turn at the same time, so
+// that most of what it does is done while other warps advance the states.
 struct TurnConsumer {
     int delta_at, B_from, C_from, sum_at;
     bool takes[2][2];
-    float A[2];
-    float decay[2 * TURN], write[2 * TURN];  // later the states
-    float C[4];
+    float A[2], h[2];
+    float decay[2 * TURN], write[2 * TURN];
+    float state[2 * TURN], C[2][4], sums[2];  // of the last turn; C of this one, too
+    Four of[2];
 
-    static constexpr bool PARTED = TURNS % 2;
-    __device__ __forceinline__ void place(int lane, int warp, int part) {
+    __device__ __forceinline__ void place(int lane, int quad, int part) {
         TensorConsumer c;
-        c.place(lane, warp);
-        delta_at = c.delta_at, B_from = c.B_from, C_from = c.C_from, sum_at = c.sum_at;
-        if (!PARTED) {
-            delta_at += part * TURN;
-            B_from += part * (TURN / 4 * BC_FOUR), C_from += part * (TURN / 4 * BC_FOUR);
-            sum_at += part * (TURN * SUM_PITCH);
-        }
+        c.place(lane, quad);
+        delta_at = c.delta_at + part * TURN;
+        B_from = c.B_from + part * (TURN / 4 * BC_FOUR);
+        C_from = c.C_from + part * (TURN / 4 * BC_FOUR);
+        sum_at = c.sum_at + part * (TURN * SUM_PITCH);
         for (int i = 0; i < 2; i++)
             for (int j = 0; j < 2; j++) takes[i][j] = c.takes[i][j];
+        for (int i = 0; i < 2 * TURN; i++) state[i] = 0.0f;
+        for (int i = 0; i < 4; i++) C[1][i] = 0.0f;
     }
 
-    __device__ __forceinline__ void prepare(Shared buffer, int part) {
-        Shared numbers = buffer + delta_at, states = buffer;
-        if (PARTED) numbers = numbers + part * TURN, states = states + part * (TURN / 4 * BC_FOUR);
+    __device__ __forceinline__ void read(Shared buffer, int g) {
+        read4(of[g % 2].delta, buffer + delta_at + 4 * g);
+        load_matrices(of[g % 2].B, buffer + B_from + BC_FOUR * g);
+        read4(of[g % 2].written, buffer + delta_at + (WRITTEN_AT + 4 * g));
+    }
+
+    // What four tokens leave of the states, and what they add.
+    __device__ __forceinline__ void prepare(int g) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            decay[8 * g + i] = decay_of(of[g % 2].delta[i / 2], A[i % 2]);
+            write[8 * g + i] = of[g % 2].written[i / 2] * of_pair(of[g % 2].B[i / 2], i % 2);
+        }
+    }
+
+    // C·h of four tokens of the last turn.
+    __device__ __forceinline__ void sum(Shared last, int g) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float* h = state + 8 * g + 4 * j;
+            float y[4];
+            multiply(y, h[0], h[2], h[1], h[3], of_pair(C[1][g], 0), of_pair(C[1][g], 1));
+            bool take = takes[g % 2][j] || (g % 2 == 0 && j == 0);
+            sums[0] = take ? y[0] : sums[0];
+            sums[1] = take ? y[3] : sums[1];
+        }
+        if (g % 2 == 0) return;
+        write1(last + sum_at + g / 2 * BLOCK * SUM_PITCH, sums[0]);
+        write1(last + sum_at + (g / 2 * BLOCK + 1) * SUM_PITCH, sums[1]);
+    }
+
+    // The next turn, as far as it needs no state, and the sums of the last one.
+    __device__ __forceinline__ void begin(Shared buffer, Shared last) {
+        read(buffer, 0);
 #pragma unroll
         for (int g = 0; g < TURN / 4; g++) {
-            Four of;
-            read4(of.delta, numbers + 4 * g);
-            read4(of.written, numbers + (WRITTEN_AT + 4 * g));
-            load_matrices(of.B, states + B_from + BC_FOUR * g);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                decay[8 * g + i] = decay_of(of.delta[i / 2], A[i % 2]);
-                write[8 * g + i] = of.written[i / 2] * of_pair(of.B[i / 2], i % 2);
-            }
-        }
-        load_matrices(C, states + C_from);
-    }
-
-    __device__ __forceinline__ void advance(float (&h)[2]) {
-#pragma unroll
-        for (int i = 0; i < 2 * TURN; i++) {
-            h[i % 2] = fmaf(decay[i], h[i % 2], write[i]);
-            decay[i] = h[i % 2];
+            if (g + 1 < TURN / 4)
+                read(buffer, g + 1);
+            else
+                load_matrices(C[0], buffer + C_from);
+            prepare(g);
+            sum(last, g);
         }
     }
 
-    __device__ __forceinline__ void sum(Shared buffer, int part) const {
-        Shared to = buffer + sum_at;
-        if (PARTED) to = to + part * (TURN * SUM_PITCH);
-        float sums[2];
+    __device__ __forceinline__ void advance() {
 #pragma unroll
-        for (int g = 0; g < TURN / 4; g++) {
+        for (int i = 0; i < 2 * TURN; i++)
+            state[i] = h[i % 2] = fmaf(decay[i], h[i % 2], write[i]);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float* h = decay + 8 * g + 4 * j;
-                float y[4];
-                multiply(y, h[0], h[2], h[1], h[3], of_pair(C[g], 0), of_pair(C[g], 1));
-                sums[0] = takes[g % 2][j] || (g % 2 == 0 && j == 0) ? y[0] : sums[0];
-                sums[1] = takes[g % 2][j] || (g % 2 == 0 && j == 0) ? y[3] : sums[1];
-            }
-            if (g % 2 == 0) continue;
-            write1(to + g / 2 * BLOCK * SUM_PITCH, sums[0]);
-            write1(to + (g / 2 * BLOCK + 1) * SUM_PITCH, sums[1]);
-        }
+        for (int i = 0; i < 4; i++) C[1][i] = C[0][i];
+    }
+
+    __device__ __forceinline__ void end(Shared last) {
+#pragma unroll
+        for (int g = 0; g < TURN / 4; g++) sum(last, g);
     }
 };
 
@@ -1103,52 +1106,57 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
                                                  const Tokens& tokens, int first_channel,
                                                  const Buffers& buffers) {
     TurnConsumer c;
-    int quad = warp % PITCH, mine = warp / PITCH, next = mine == TURNS - 1 ? 0 : mine + 1;
+    int quad = warp % CONSUMERS;
+    u32 mine = warp / CONSUMERS, next = mine == TURNS - 1 ? 0 : mine + 1;
     c.place(lane, quad, mine % 2);
     int d = first_channel + quad * 4 + TensorConsumer::channel_of(lane);
     bool here = d < p.channels;
     int first_state = TensorConsumer::half_of(lane) * 8 + lane % 4 * 2;
     i64 state = (tokens.row * p.channels + d) * STATES + first_state;
     float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
-    float h[2];
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
         c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
-        h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
+        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
     }
-    int from = 1 + quad * TURNS + mine, to = 1 + quad * TURNS + next;  // barriers; 0 is the block's
-    Shared handed = buffers.states() + 2 * lane;
-    if (mine == TURNS - 1) hand_over(handed + to * STATE, to, h);
+    int given_at = quad * TURNS + mine, taken_at = quad * TURNS + next;
+    Shared given = buffers.states(given_at) + 2 * lane, taken = buffers.states(taken_at) + 2 * lane;
+    auto hand_over = [&] {
+        write2(taken, c.h[0], c.h[1]);
+        pair_arrive(1 + taken_at);
+    };
+    if (mine == TURNS - 1) hand_over();
     u32 turns = tokens.tiles * (TILE / TURN);
     Ring at(0);
     at.advance(mine / 2);
-    u32 part = mine % 2;
+    Shared last = buffers.at(at.slot), done = buffers.done(at.slot);
 #pragma unroll 1
     for (u32 turn = mine; turn < turns; turn += TURNS) {
-        Shared buffer = buffers.at(at.slot);
         barrier_wait(buffers.full(at.slot), at.parity);
-        c.prepare(buffer, part);
-#if FENCE
-        do {
-            pair_wait(from);
+        Shared buffer = buffers.at(at.slot);
+        // In the first turn there are no sums yet: what is written is replaced in the second.
+        c.begin(buffer, last);
+        barrier_arrive(done, turn >= TURNS ? lane : 1);
+        last = buffer, done = buffers.done(at.slot);
+        at.advance(TURNS / 2);
+        do {  // once: without a branch the compiler moves exp2 behind the wait
+            pair_wait(1 + given_at);
         } while (p.length < 0);
-        read2(h, handed + from * STATE);
-#else
-        take_over(h, handed + from * STATE, from);
-#endif
-        c.advance(h);
-        hand_over(handed + to * STATE, to, h);
-        c.sum(buffer, part);
-        barrier_arrive(buffers.done(at.slot), lane);
-        at.advance(c.PARTED ? (part + TURNS) / 2 : TURNS / 2);
-        if (c.PARTED) part ^= 1;
+        read2(c.h, given);
+        c.advance();
+        hand_over();
+    }
+    if (mine < turns) {
+        c.end(last);
+        barrier_arrive(done, lane);
     }
     if (turns % TURNS != mine) return;
-    take_over(h, handed + from * STATE, from);
+    pair_wait(1 + given_at);
+    read2(c.h, given);
     if (here) {
 #pragma unroll
-        for (int s = 0; s < 2; s++) p.final[state + s] = h[s];
+        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
     }
 }
 
@@ -1162,7 +1170,10 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
 
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
               "made for these");
-static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + (TURNS > 1 ? CONSUMERS * TURNS * STATE * 4 : 0),
+static_assert(TURNS == 1 || (TENSOR && TURNS % 2 == 0 && CONSUMERS * TURNS < 16),
+              "turns do not fit");
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) +
+                            (TURNS > 1 ? CONSUMERS * TURNS * STATE * 4 : 0),
               "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -1178,11 +1189,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
     if (threadIdx.x < SLOTS) {
         barrier_init(buffers.full(threadIdx.x), 1);
-        barrier_init(buffers.done(threadIdx.x), TURNS > 1 ? CONSUMERS * (TILE / TURN) : CONSUMERS);
+        barrier_init(buffers.done(threadIdx.x), CONSUMERS * (TURNS > 1 ? TILE / TURN : 1));
         barrier_init(buffers.free(threadIdx.x), 1);
     }
     __syncthreads();
-    if (warp % PITCH < CONSUMERS && warp / PITCH < TURNS) {
+    if (warp < CONSUMERS * TURNS) {
         if constexpr (TURNS > 1)
             consume_in_turns(p, warp, lane, tokens, first_channel, buffers);
         else if constexpr (TENSOR)
