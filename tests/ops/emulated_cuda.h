@@ -186,6 +186,14 @@ static void barrier_wait(Place where, unsigned parity) {
     while (!barrier_test(where, parity)) give_way();
     __syncwarp();
 }
+// Named barriers for two warps, 64 threads.
+static Meeting pairs[16];
+static void pair_arrive(int barrier) {
+    Meeting& pair = pairs[barrier];
+    idle = 0;
+    if (++pair.arrived == 64) pair.arrived = 0, pair.turn++;
+}
+static void pair_wait(int barrier) { meet(pairs[barrier], 64); }
 template <typename Place>
 static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
 template <typename Place>
@@ -232,6 +240,7 @@ static int run_block(unsigned threads, unsigned shared) {
     emulated_shared = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
     fibers.assign(threads, {}), over.assign(threads, false);
     warps.assign(threads / 32, {}), everybody = {}, idle = 0;
+    for (Meeting& pair : pairs) pair = {};
     for (unsigned i = 0; i < threads; i++) {
         getcontext(&fibers[i]);
         fibers[i].uc_stack.ss_sp = stacks.data() + i * STACK;

@@ -18,6 +18,7 @@ _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
     "read2", "read4", "write1", "write2", "write4",
     "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply", "load_matrices",
+    "pair_arrive", "pair_wait",
 )  # fmt: skip
 _EMULATED = """
 static unsigned pack_bfloat16(float low, float high) {

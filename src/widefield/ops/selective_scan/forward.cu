@@ -18,9 +18,10 @@
 //   X_KIND DELTA_KIND B_KIND C_KIND Z_KIND SKIP_KIND BIAS_KIND
 //   STATES    8, 16 or 32
 //   GROUP     8 or 16 lanes a channel
-//   CONSUMERS how many warps; PRODUCERS, FINISHERS: which warps, as bits
+//   CONSUMERS how many warps, for each of TURNS; PRODUCERS, FINISHERS: which warps, as bits
 //   SLOTS     buffers
 //   TENSOR    1: sums over the states on tensor cores, for bfloat16
+//   TURNS     how many warps take turns along the tokens of the same channels; for TENSOR
 //   STAGES    how often lanes exchange sums before finishers add up the rest: 0, 1 or 3
 //   HAS_SKIP HAS_Z HAS_BIAS SOFTPLUS FLOOR SCALE DECAY VALID INITIAL  0 or 1
 //   ENDS      where the row's sequences end: 0 there is one, 1 as int, 2 as long long
@@ -58,6 +59,9 @@ constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
 constexpr int BUFFER = X_AT + (TENSOR ? QUADS * 64 : 0);
+constexpr int TURN = 16;   // tokens of a turn
+constexpr int STATE = 64;  // floats that a warp hands to the one with the next turn
+constexpr int HANDED = TURNS > 1 ? CONSUMERS * TURNS * STATE : 0;
 
 __device__ constexpr int delta_of(int channel) { return channel * DELTA_PITCH + channel / 8 * 8; }
 
@@ -247,10 +251,14 @@ struct Buffers {
     __device__ __forceinline__ Shared barrier(int kind, u32 slot) const {
         return start + (SLOTS * BUFFER + 2 * SLOTS * kind) + 2 * slot;
     }
-    __device__ __forceinline__ Shared limits() const { return barrier(3, 0); }
+    __device__ __forceinline__ Shared limits() const { return barrier(3, 0) + HANDED; }
     __device__ __forceinline__ Shared full(u32 slot) const { return barrier(0, slot); }
     __device__ __forceinline__ Shared done(u32 slot) const { return barrier(1, slot); }
     __device__ __forceinline__ Shared free(u32 slot) const { return barrier(2, slot); }
+    // Where a warp finds the states when its turn comes.
+    __device__ __forceinline__ Shared states(int consumer) const {
+        return start + (SLOTS * (BUFFER + 6) + consumer * STATE);
+    }
 };
 // So the tile that a producer replaces is its own last one in that buffer, and consumers finish the
 // tiles in order.
@@ -1071,6 +1079,155 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
     }
 }
 
+// Of two warps, one of which waits until the other has arrived. Barrier 0 is the whole block's.
+__device__ __forceinline__ void pair_arrive(int barrier) {
+    asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void pair_wait(int barrier) {
+    asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
+}
+
+// The same numbers again, but TURNS warps share the channels and take turns of TURN tokens. A warp
+// computes what needs no state before it has it, and C·h of its last turn at the same time, so
+// that most of what it does is done while other warps advance the states.
+struct TurnConsumer {
+    int delta_at, B_from, C_from, sum_at;
+    bool takes[2][2];
+    float A[2], h[2];
+    float decay[2 * TURN], write[2 * TURN];
+    float state[2 * TURN], C[2][4], sums[2];  // of the last turn; C of this one, too
+    Four of[2];
+
+    __device__ __forceinline__ void place(int lane, int quad, int part) {
+        TensorConsumer c;
+        c.place(lane, quad);
+        delta_at = c.delta_at + part * TURN;
+        B_from = c.B_from + part * (TURN / 4 * BC_FOUR);
+        C_from = c.C_from + part * (TURN / 4 * BC_FOUR);
+        sum_at = c.sum_at + part * (TURN * SUM_PITCH);
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < 2; j++) takes[i][j] = c.takes[i][j];
+        for (int i = 0; i < 2 * TURN; i++) state[i] = 0.0f;
+        for (int i = 0; i < 4; i++) C[1][i] = 0.0f;
+    }
+
+    __device__ __forceinline__ void read(Shared buffer, int g) {
+        read4(of[g % 2].delta, buffer + delta_at + 4 * g);
+        load_matrices(of[g % 2].B, buffer + B_from + BC_FOUR * g);
+        read4(of[g % 2].written, buffer + delta_at + (WRITTEN_AT + 4 * g));
+    }
+
+    // What four tokens leave of the states, and what they add.
+    __device__ __forceinline__ void prepare(int g) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            decay[8 * g + i] = decay_of(of[g % 2].delta[i / 2], A[i % 2]);
+            write[8 * g + i] = of[g % 2].written[i / 2] * of_pair(of[g % 2].B[i / 2], i % 2);
+        }
+    }
+
+    // C·h of four tokens of the last turn.
+    __device__ __forceinline__ void sum(Shared last, int g) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float* h = state + 8 * g + 4 * j;
+            float y[4];
+            multiply(y, h[0], h[2], h[1], h[3], of_pair(C[1][g], 0), of_pair(C[1][g], 1));
+            bool take = takes[g % 2][j] || (g % 2 == 0 && j == 0);
+            sums[0] = take ? y[0] : sums[0];
+            sums[1] = take ? y[3] : sums[1];
+        }
+        if (g % 2 == 0) return;
+        write1(last + sum_at + g / 2 * BLOCK * SUM_PITCH, sums[0]);
+        write1(last + sum_at + (g / 2 * BLOCK + 1) * SUM_PITCH, sums[1]);
+    }
+
+    // The next turn, as far as it needs no state, and the sums of the last one.
+    __device__ __forceinline__ void begin(Shared buffer, Shared last) {
+        read(buffer, 0);
+#pragma unroll
+        for (int g = 0; g < TURN / 4; g++) {
+            if (g + 1 < TURN / 4)
+                read(buffer, g + 1);
+            else
+                load_matrices(C[0], buffer + C_from);
+            prepare(g);
+            sum(last, g);
+        }
+    }
+
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+        for (int i = 0; i < 2 * TURN; i++)
+            state[i] = h[i % 2] = fmaf(decay[i], h[i % 2], write[i]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) C[1][i] = C[0][i];
+    }
+
+    __device__ __forceinline__ void end(Shared last) {
+#pragma unroll
+        for (int g = 0; g < TURN / 4; g++) sum(last, g);
+    }
+};
+
+__device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, int lane,
+                                                 const Tokens& tokens, int first_channel,
+                                                 const Buffers& buffers) {
+    TurnConsumer c;
+    int quad = warp % CONSUMERS;
+    u32 mine = warp / CONSUMERS, next = mine == TURNS - 1 ? 0 : mine + 1;
+    c.place(lane, quad, mine % 2);
+    int d = first_channel + quad * 4 + TensorConsumer::channel_of(lane);
+    bool here = d < p.channels;
+    int first_state = TensorConsumer::half_of(lane) * 8 + lane % 4 * 2;
+    i64 state = (tokens.row * p.channels + d) * STATES + first_state;
+    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
+        c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
+        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
+    }
+    int given_at = quad * TURNS + mine, taken_at = quad * TURNS + next;
+    Shared given = buffers.states(given_at) + 2 * lane, taken = buffers.states(taken_at) + 2 * lane;
+    auto hand_over = [&] {
+        write2(taken, c.h[0], c.h[1]);
+        pair_arrive(1 + taken_at);
+    };
+    if (mine == TURNS - 1) hand_over();
+    u32 turns = tokens.tiles * (TILE / TURN);
+    Ring at(0);
+    at.advance(mine / 2);
+    Shared last = buffers.at(at.slot), done = buffers.done(at.slot);
+#pragma unroll 1
+    for (u32 turn = mine; turn < turns; turn += TURNS) {
+        barrier_wait(buffers.full(at.slot), at.parity);
+        Shared buffer = buffers.at(at.slot);
+        // In the first turn there are no sums yet: what is written is replaced in the second.
+        c.begin(buffer, last);
+        barrier_arrive(done, turn >= TURNS ? lane : 1);
+        last = buffer, done = buffers.done(at.slot);
+        at.advance(TURNS / 2);
+        do {  // once: without a branch the compiler moves exp2 behind the wait
+            pair_wait(1 + given_at);
+        } while (p.length < 0);
+        read2(c.h, given);
+        c.advance();
+        hand_over();
+    }
+    if (mine < turns) {
+        c.end(last);
+        barrier_arrive(done, lane);
+    }
+    if (turns % TURNS != mine) return;
+    pair_wait(1 + given_at);
+    read2(c.h, given);
+    if (here) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
+    }
+}
+
 // Of an empty sequence.
 __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int first_channel) {
     i64 first = (row * p.channels + first_channel) * STATES;
@@ -1081,7 +1238,9 @@ __device__ __forceinline__ void keep_states(const Parameters& p, i64 row, int fi
 
 static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND == 1 && C_KIND == 1),
               "made for these");
-static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + CHANNELS * 8,
+static_assert(TURNS == 1 || (TENSOR && TURNS % 2 == 0 && CONSUMERS * TURNS < 16),
+              "turns do not fit");
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + (HANDED + 2 * CHANNELS) * 4,
               "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -1097,13 +1256,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
     if (threadIdx.x < SLOTS) {
         barrier_init(buffers.full(threadIdx.x), 1);
-        barrier_init(buffers.done(threadIdx.x), CONSUMERS);
+        barrier_init(buffers.done(threadIdx.x), CONSUMERS * (TURNS > 1 ? TILE / TURN : 1));
         barrier_init(buffers.free(threadIdx.x), 1);
     }
     if (FLOOR) find_limits(p, tokens.row, first_channel, warp, lane, buffers.limits());
     __syncthreads();
-    if (warp < CONSUMERS) {
-        if constexpr (TENSOR)
+    if (warp < CONSUMERS * TURNS) {
+        if constexpr (TURNS > 1)
+            consume_in_turns(p, warp, lane, tokens, first_channel, buffers);
+        else if constexpr (TENSOR)
             consume_on_tensor_cores(p, warp, lane, tokens, first_channel, buffers);
         else
             consume(p, warp, lane, tokens, first_channel, buffers);

@@ -29,16 +29,20 @@ _FAR = 1 << 22  # elements from token to token: lanes count bytes within a tile 
 class Layout:
     """How the warps of a block share its channels.
 
-    A warp's scheduler is its number mod 4. Consumers have one to themselves, or nearly so.
+    A warp's scheduler is its number mod 4. Consumers have one to themselves, or nearly so, or are
+    several that take turns.
 
     Attributes:
         group: lanes that share a channel.
-        consumers: warps 0 to consumers - 1; each has 32 / group channels.
+        consumers: warps 0 to consumers - 1; each has 32 / group channels, and so has each of the
+            following ones, which take turns with them.
         producers: which warps are producers, as bits.
         finishers: which warps are finishers, as bits.
         slots: tiles that are in shared memory at once.
         stages: how often lanes exchange sums before finishers add up the rest; 0, 1 or 3.
         tensor: the sums are made on tensor cores: for x, B and C in bfloat16, with 16 states.
+        turns: how many warps take turns along the tokens of the same channels: 1, or, if the sums
+            are made on tensor cores, an even number; at most 15 take turns in a block.
     """
 
     group: int
@@ -48,6 +52,7 @@ class Layout:
     slots: int = 4
     stages: int = 0
     tensor: bool = False
+    turns: int = 1
 
     @property
     def warps(self) -> int:
@@ -70,7 +75,9 @@ class Layout:
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
             part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
-        return self.slots * (4 * (2 * delta + projections + sums) + 24) + 8 * self.channels
+        handed = 64 * self.consumers * self.turns if self.turns > 1 else 0
+        buffers = self.slots * (4 * (2 * delta + projections + sums) + 24)
+        return buffers + 4 * handed + 8 * self.channels
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
@@ -79,10 +86,14 @@ _LAYOUTS = {
     2: Layout(group=8, consumers=2, producers=0xCC, finishers=0xC00, slots=8, stages=3),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x70, slots=8, stages=3),
 }
-# The same four channels over more lanes: what counts there is how long a token takes.
+# The four channels over more lanes: what counts there is how long a token takes.
 _SPREAD = Layout(group=16, consumers=2, producers=0xCC, finishers=0x330, stages=1)
 # On tensor cores, where that is faster.
 _TENSOR = {
+    1: Layout(group=8, consumers=1, producers=0xF0, finishers=0xF00, slots=8, tensor=True, turns=4),
+    2: Layout(
+        group=8, consumers=2, producers=0xF00, finishers=0xF000, slots=8, tensor=True, turns=4
+    ),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x8880000, slots=8, tensor=True),
     4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
 }
@@ -285,7 +296,9 @@ def _layout(device: int, rows: int, channels: int, states: int, layouts: str) ->
     table = _LAYOUTS | {"exact": {}, "brief": _TENSOR}[layouts]
     quads = rows * -(-channels // 4)
     quads = min(max(table), -(-quads // chip.multi_processor_count))
-    layout = _SPREAD if quads == 1 and states >= _SPREAD.group else table[quads]
+    layout = table[quads]
+    if layout == _LAYOUTS[1] and states >= _SPREAD.group:
+        layout = _SPREAD
     if layout.shared_bytes(states) > chip.shared_memory_per_block_optin:
         layout = replace(layout, slots=4)
     return layout
