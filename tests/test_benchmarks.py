@@ -140,6 +140,7 @@ def test_a_graph_that_gives_other_tokens_is_not_timed(
         first, *others = whole(*args)
 
         def decode(prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+            assert first.decode is not None
             return first.decode(prompt, tokens).roll(1, dims=1)
 
         graph = replace(first, name="widefield graph", prefill=None, decode=decode, steps=None)
