@@ -284,15 +284,17 @@ def all_ops(backends: Sequence[str]) -> list[Op]:
 
 
 LONG = (8192, 65_536, 524_288)
+Trained = Mapping[str, tuple[int, int]]
+"""End of a name → tokens and sequences of a training batch."""
 
 
 def _scans(backends: Sequence[str]) -> list[Op]:
-    wide = _scan_of("scan", 1536, torch.bfloat16, (2048, 64), backends)
-    return wide + _scan_of("scan-512", 512, torch.float32, (1024, 128), backends)
+    wide = _scan_of("scan", 1536, torch.bfloat16, {"": (2048, 64)}, backends)
+    return wide + _scan_of("scan-512", 512, torch.float32, {"": (1024, 128)}, backends)
 
 
 def _scan_of(
-    name: str, channels: int, dtype: torch.dtype, trained: tuple[int, int], backends: Sequence[str]
+    name: str, channels: int, dtype: torch.dtype, trained: Trained, backends: Sequence[str]
 ) -> list[Op]:
     """A width of the scan of Mamba: long rows, with a floor, many rows, and many with gradients."""
     turned = ("x", "delta", "B", "C", "z", "y")
@@ -313,23 +315,23 @@ def _scan_of(
     return _with_variants(plain, channels, trained)
 
 
-def _with_variants(plain: Op, channels: int, trained: tuple[int, int]) -> list[Op]:
-    """An op, the same with a floor, and on a batch as in training: forward, and with gradients.
+def _with_variants(plain: Op, channels: int, trained: Trained) -> list[Op]:
+    """An op, the same with a floor, and on batches as in training: forward, and with gradients.
 
     Args:
         plain: the op.
         channels: or heads, which a floor has one number for.
-        trained: tokens and sequences of a batch.
+        trained: the batches.
     """
-    tokens, batch = trained
     floor = functools.partial(_with_floor, plain.inputs, channels)
-    many = replace(plain, name=f"{plain.name}-many", lengths=(tokens,), batch=batch)
-    return [
+    found = [
         plain,
         replace(plain, name=f"{plain.name}-floor", inputs=floor, sides=_only_ours(plain)),
-        many,
-        replace(many, name=f"{plain.name}-backward", backward=True),
     ]
+    for end, (tokens, batch) in trained.items():
+        many = replace(plain, name=f"{plain.name}-many{end}", lengths=(tokens,), batch=batch)
+        found += [many, replace(many, name=f"{plain.name}-backward{end}", backward=True)]
+    return found
 
 
 def _only_ours(op: Op) -> Callable[[], list[Side]]:
@@ -341,12 +343,12 @@ def _ssds(backends: Sequence[str]) -> list[Op]:
     found = []
     peer = Side("mamba-ssm", _mamba_ssm_ssd, ours=False)
     ours = functools.partial(_planned, ops.ssd, SSDInputs)
-    trained: dict[str, dict[int, int]] = {  # more of them: tokens by batch
-        "130m": {8: 2048, 1: 65_536}, "2.7b": {4: 2048},
-    }  # fmt: skip
-    for size, heads, groups, batch in (
-        ("130m", 24, 1, 64), ("2.7b", 80, 1, 16), ("nemotron", 128, 8, 8),
-    ):  # fmt: skip
+    batches: dict[str, Trained] = {
+        "130m": {"-64": (2048, 64), "-8": (2048, 8), "-1": (65_536, 1)},
+        "2.7b": {"-4": (2048, 4)},
+        "nemotron": {"-4": (2048, 4)},
+    }
+    for size, heads, groups in (("130m", 24, 1), ("2.7b", 80, 1), ("nemotron", 128, 8)):
         plain = Op(
             name=f"ssd-{size}",
             inputs=functools.partial(_ssd_inputs, heads, 64, groups, 128),
@@ -356,17 +358,7 @@ def _ssds(backends: Sequence[str]) -> list[Op]:
             shape={"heads": heads, "width": 64, "states": 128, "groups": groups},
             lengths=LONG,
         )
-        found += _with_variants(plain, heads, (2048, batch))
-        found += [
-            replace(
-                plain,
-                name=f"ssd-{size}-backward-{rows}",
-                lengths=(tokens,),
-                batch=rows,
-                backward=True,
-            )
-            for rows, tokens in trained.get(size, {}).items()
-        ]
+        found += _with_variants(plain, heads, batches[size])
     return found
 
 

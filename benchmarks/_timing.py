@@ -96,7 +96,10 @@ def _try(side: Contestant, device: torch.device) -> float | None:
             wait(device)
             seconds = time.perf_counter() - start
     except Exception as error:
-        side.failed = reason(error)
+        try:
+            side.failed = reason(error)
+        except BrokenDevice as broken:
+            raise BrokenDevice(f"in {side.name}: {broken}") from error
         release(device)
         return None
     if device.type == "cuda":

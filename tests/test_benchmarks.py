@@ -141,6 +141,7 @@ def test_a_graph_that_gives_other_tokens_is_not_timed(
         first, *others = whole(*args)
 
         def decode(prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+            assert first.decode is not None
             return first.decode(prompt, tokens).roll(1, dims=1)
 
         graph = replace(first, name="widefield graph", prefill=None, decode=decode, steps=None)
@@ -166,6 +167,14 @@ def test_a_slow_side_runs_once_behind_its_warm_up(monkeypatch: pytest.MonkeyPatc
     sides = [_timing.Contestant("slow", slow), _timing.Contestant("fast", lambda index: None)]
     _timing.compare(sides, torch.device("cpu"), 0.01)
     assert len(calls) == 2 and len(sides[0].seconds) == 1 and len(sides[1].seconds) == 20
+
+
+def test_a_broken_gpu_says_whose_kernel_it_was() -> None:
+    def call(index: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(_timing.BrokenDevice, match="in theirs: CUDA error"):
+        _timing.compare([_timing.Contestant("theirs", call)], torch.device("cpu"), 1.0)
 
 
 def test_one_sides_failure_is_a_row_and_the_others_are_timed(
