@@ -226,6 +226,14 @@ def test_recordings_too_large_for_the_room_are_not_kept(
     assert len(made) == 2
 
 
+@pytest.mark.skipif(not GPU, reason="without a GPU nothing is recorded")
+def test_it_is_known_what_recordings_hold() -> None:
+    model = extended()
+    for length in (50, 40, 30):
+        wf.prefill(model, IDS[:, :length], cuda_graph=True)
+    assert all(graph.bytes > 1000 for _, graph in model.widefield.recordings._free)
+
+
 def test_an_interrupted_prefill_leaves_what_was_read_in_the_cache() -> None:
     model, caches = extended(), []
 

@@ -276,13 +276,12 @@ class ChunkGraph:
             self._before: Any = None if before is None else copy.copy(before)
             if before is not None:
                 self._before.layers = copy.deepcopy(before.layers)
-            held = _held(self.device)
             self._graph, self._outputs = record(
                 lambda: self._forward(model),
                 self.device,
                 lambda why: _refused(f"a chunk that CUDA can record, and this one fails: {why}"),
             )
-            self.bytes = max(0, _held(self.device) - held)
+        self.bytes = _size(self._graph) if self.device.type == "cuda" else 0
         self.cache = self._outputs[cache_name(model)]
 
     def _forward(self, model: Any) -> Any:
@@ -321,8 +320,14 @@ class ChunkGraph:
             self._done.record(torch.cuda.current_stream(self.device))
 
 
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+def _size(graph: torch.cuda.CUDAGraph) -> int:
+    """Bytes of the memory that is a graph's own."""
+    own = graph.pool()
+    return sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment.get("segment_pool_id") == own
+    )
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
