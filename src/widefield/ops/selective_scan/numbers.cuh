@@ -102,7 +102,7 @@ __device__ __forceinline__ float sigmoid(float v) {
 }
 
 // Whether softplus(v) * scale lies below a floor, as torch computes it on a GPU, bit for bit.
-__device__ __forceinline__ bool below_floor(float v, float scale, float floor) {
+__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
     return (v > 20.0f ? v : log1pf(expf(v))) * scale < floor;
 }
 
