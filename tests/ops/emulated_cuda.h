@@ -66,15 +66,6 @@ static void meet(Meeting& meeting, unsigned size) {
     idle = 0;
 }
 static void __syncthreads() { meet(everybody, fibers.size()); }
-static int __syncthreads_or(int value) {
-    static int any;
-    __syncthreads();
-    any = 0;
-    __syncthreads();
-    any |= value;
-    __syncthreads();
-    return any != 0;
-}
 static void __syncwarp() { meet(warps[current / 32].meeting, 32); }
 
 template <typename T>

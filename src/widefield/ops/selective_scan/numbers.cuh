@@ -102,12 +102,13 @@ __device__ __forceinline__ float sigmoid(float v) {
 }
 
 // Whether softplus(v) * scale lies below a floor, as torch computes it on a GPU, bit for bit.
-__device__ __forceinline__ bool below_floor(float v, float scale, float floor) {
+__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
     return (v > 20.0f ? v : log1pf(expf(v))) * scale < floor;
 }
 
-// The floor of one channel's Δ, as a limit of what its softplus is made of: that takes one
-// comparison, where Δ itself, computed in another way than torch's, would need a second look.
+// The floor of one channel's Δ, as a limit of what its softplus is made of: one comparison tells
+// what torch would freeze, where Δ itself, computed in another way than torch's, can only tell
+// what is not close to the floor.
 struct Limit {
     float low, high;  // below low, Δ is below its floor; from high on it is not
 
@@ -141,7 +142,7 @@ __device__ __forceinline__ Limit limit_of(float scale, float floor, int lane) {
     Limit open = {-endless, nowhere};
     if (!(scale > 0.0f)) return open;
     if (!(floor > 0.0f)) return {-LARGEST, -LARGEST};
-    if (floor > LARGEST && scale <= 1.0f) return {endless, endless};
+    if (floor == endless && scale <= 1.0f) return {endless, endless};
     float target = floor / scale;
     if (floor < 1e-37f || target < 1e-37f || target > 1e30f) return open;
     float middle = target > 20.0f ? target : logf(expm1f(target));

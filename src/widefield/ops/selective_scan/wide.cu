@@ -55,12 +55,6 @@ struct Parameters {
     int floor_row, scale_row, decay_row;
 };
 
-// A number that nothing is known of. Addresses made from it are made anew, not kept in registers.
-__device__ __forceinline__ i64 opaque(i64 v) {
-    asm volatile("" : "+l"(v));
-    return v;
-}
-
 __device__ __forceinline__ void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
@@ -253,12 +247,34 @@ struct Projection {
     }
 };
 
+// The forward compares what Δ is made of with a limit, and has a second loop for where that is
+// doubtful. The backward, whose loop needs all registers there are, compares Δ itself and decides
+// again what is close to its floor: that takes less there. Both freeze the same tokens.
+constexpr bool LIMITS = FLOOR && SOFTPLUS && !BACKWARD;
+
+// Which numbers of a tile are frozen, of those that are close to a limit.
+__device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
+                                   int rows, float limit, float second) {
+    u32 frozen = 0;
+#pragma unroll 1
+    for (int i = 0; i < rows * PER_LANE; i++) {
+        int t = i / PER_LANE, k = i % PER_LANE, d = channel + k;
+        if (d >= CHANNELS) continue;
+        float v = number_at<DELTA_KIND>(delta, t * DELTA_TOKEN + k);
+        if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
+        if (!close_above(k ? second : limit, v)) continue;
+        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
+        if (below_floor(v, scale, p.floor[row * p.floor_row + d])) frozen |= 1u << i;
+    }
+    return frozen;
+}
+
 // What a lane knows of its channels, and what both kernels make of Δ and x.
 struct Lane {
     int lane, channel, count;  // the first of its channels, and how many of them exist
     float bias[PER_LANE], scale[PER_LANE], skip[PER_LANE];
-    float limit[PER_LANE];  // of Δ before its softplus; the floor, where it has none
-    bool doubtful;          // any of them
+    float floor[PER_LANE];  // or LIMITS: the limit before the softplus
+    bool doubtful;          // LIMITS: any of them
     Stream<X_KIND, X_TOKEN> x;
     Stream<DELTA_KIND, DELTA_TOKEN> delta;
     Stream<Z_KIND, Z_TOKEN> z;
@@ -295,70 +311,69 @@ struct Lane {
         doubtful = false;
 #pragma unroll
         for (int c = 0; c < PER_LANE; c++) {
-            float floor = c < count ? p.floor[row.row * p.floor_row + channel + c] : 0.0f;
-            Limit found = SOFTPLUS ? limit_of<1>(scale[c], floor, 0) : Limit{floor, floor};
-            limit[c] = found.low;
-            doubtful |= SOFTPLUS && found.doubtful();
+            floor[c] = c < count ? p.floor[row.row * p.floor_row + channel + c] : 0.0f;
+            if (!LIMITS) continue;
+            Limit limit = limit_of<1>(scale[c], floor[c], 0);
+            floor[c] = limit.low;
+            doubtful |= limit.doubtful();
         }
     }
-    // Δ, 0 where it is frozen.
-    __device__ __forceinline__ float step_of(float v, int c) const {
+    // Δ, 0 where it is frozen; `near` if `decide` must see to it.
+    __device__ __forceinline__ float step_of(float v, int c, bool& near) const {
         float step = SOFTPLUS ? softplus(v) : v;
         if (SCALE) step *= scale[c];
-        return FLOOR && (SOFTPLUS ? v : step) < limit[c] ? 0.0f : step;
+        if (!FLOOR) return step;
+        if (!LIMITS) near |= SOFTPLUS && fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]);
+        return (LIMITS ? v : step) < floor[c] ? 0.0f : step;
     }
     // Whether a step that `make` made 0 was frozen. What softplus rounds to 0 has no slope, either.
     __device__ __forceinline__ bool froze(float v, int c, float step) const {
         if (!FLOOR) return false;
-        return SOFTPLUS ? step == 0.0f : v * scale[c] < limit[c];
+        return SOFTPLUS ? step == 0.0f : v * scale[c] < floor[c];
     }
     // Δ and x of a tile; both 0 for padding, which can hold anything.
     template <bool FULL>
     __device__ __forceinline__ void make(float (&step)[PER_LANE][TILE],
                                          float (&value)[PER_LANE][TILE],
                                          const Raw<DELTA_KIND> (&raw)[TILE],
-                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows,
-                                         u32 settled) const {
+                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows) const {
+        bool near = false;
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             bool is_open = open<FULL>(token, t, rows);
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++) {
-                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k) : 0.0f;
+                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k, near) : 0.0f;
                 value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
             }
         }
-        if (!FLOOR || settled == 0) return;
+        if (near) decide<FULL>(step, raw, token, rows);
+    }
+    // Freeze what torch would freeze.
+    template <bool FULL>
+    __device__ __forceinline__ void decide(float (&step)[PER_LANE][TILE],
+                                           const Raw<DELTA_KIND> (&raw)[TILE], i64 token,
+                                           int rows) const {
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) {
+                if (!open<FULL>(token, t, rows)) continue;
+                float v = raw[t].at(k) + bias[k], exact = softplus(v);
+                if (SCALE) exact *= scale[k];
+                step[k][t] = below_floor(v, scale[k], floor[k]) ? 0.0f : exact;
+            }
+    }
+    // The same in a forward with doubtful limits.
+    __device__ __forceinline__ void settle_tile(float (&step)[PER_LANE][TILE], const Parameters& p,
+                                                i64 row, i64 token, int rows) const {
+        u32 frozen = settle(p, row, channel, delta.from + token * delta.STEP, rows, floor[0],
+                            floor[PER_LANE - 1]);
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
             for (int k = 0; k < PER_LANE; k++)
-                if (settled >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
-    }
-    // Which numbers of a tile are frozen though not below a doubtful limit, as bits. Before a tile is
-    // read there are registers for that; a function's call would take them from all loops.
-    __device__ __forceinline__ u32 settle(const Parameters& p, i64 row, i64 token, int rows) const {
-        u32 close = 0, frozen = 0;
-        if (!FLOOR || !doubtful) return 0;
-#pragma unroll 4
-        for (int i = 0; i < rows * PER_LANE; i++)
-            if (close_above(i % PER_LANE ? limit[PER_LANE - 1] : limit[0], raw_at(token, i)))
-                close |= 1u << i;
-#pragma unroll 1
-        for (int i = 0; close >> i; i++) {
-            if (!(close >> i & 1)) continue;
-            int k = i % PER_LANE;
-            float floor = p.floor[row * p.floor_row + min(channel + k, CHANNELS - 1)];
-            if (below_floor(raw_at(token, i), k ? scale[PER_LANE - 1] : scale[0], floor))
-                frozen |= 1u << i;
-        }
-        return frozen;
-    }
-    // The i-th number of a tile, before its softplus; where there is no channel, of the one before.
-    __device__ __forceinline__ float raw_at(i64 token, int i) const {
-        int k = min(i % PER_LANE, count - 1);
-        float v = number_at<DELTA_KIND>(delta.from, (token + i / PER_LANE) * DELTA_TOKEN + k);
-        return v + (k ? bias[PER_LANE - 1] : bias[0]);
+                if (frozen >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
     }
 };
 
@@ -453,12 +468,11 @@ struct Forward {
         }
     }
 
-    template <bool FULL>
+    template <bool FULL, bool DOUBTS>
     __device__ __forceinline__ void tile(i64 token, int rows) {
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = at.settle(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -468,7 +482,8 @@ struct Forward {
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE], sum[PER_LANE][TILE];
-        at.template make<FULL>(step, written, delta, x, token, rows, settled);
+        at.template make<FULL>(step, written, delta, x, token, rows);
+        if (DOUBTS) at.settle_tile(step, p, row.row, token, rows);
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
@@ -493,16 +508,24 @@ struct Forward {
         }
     }
 
-    __device__ __forceinline__ void run() {
+    template <bool DOUBTS>
+    __device__ __forceinline__ void walk() {
 #pragma unroll 1
         for (i64 token = 0; token < row.length; token += TILE) {
             if (SAVE && token % CHUNK == 0) save(static_cast<int>(token / CHUNK));
             int rows = rows_of(row.length - token);
-            if (rows == TILE)
-                tile<true>(token, TILE);
+            if (!DOUBTS && rows == TILE)
+                tile<true, DOUBTS>(token, TILE);
             else
-                tile<false>(token, rows);
+                tile<false, DOUBTS>(token, rows);
         }
+    }
+
+    __device__ __forceinline__ void run() {
+        if (LIMITS && !__all_sync(~0u, !at.doubtful))
+            walk<true>();
+        else
+            walk<false>();
         columns_to(p.final, h, at, row.row);
     }
 };
@@ -609,7 +632,6 @@ struct Backward {
     __device__ __forceinline__ void sweep(i64 token, int tile) {
         constexpr bool FULL = true;  // there is a tile behind it
         constexpr int rows = TILE;
-        u32 settled = at.settle(p, row.row, token, rows);
         Raw<X_KIND> x[TILE];
         Raw<DELTA_KIND> delta[TILE];
         at.delta.template load<FULL>(delta, token, rows, at.count);
@@ -618,7 +640,7 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         float step[PER_LANE][TILE], written[PER_LANE][TILE];
-        at.template make<FULL>(step, written, delta, x, token, rows, settled);
+        at.template make<FULL>(step, written, delta, x, token, rows);
 #pragma unroll
         for (int t = 0; t < TILE; t++)
 #pragma unroll
@@ -652,7 +674,6 @@ struct Backward {
         Raw<X_KIND> x[TILE], given[TILE];
         Raw<DELTA_KIND> delta[TILE];
         Raw<Z_KIND> z[TILE];
-        u32 settled = at.settle(p, row.row, token, rows);
         at.delta.template load<FULL>(delta, token, rows, at.count);
         at.x.template load<FULL>(x, token, rows, at.count);
         B_from.template load<FULL>(token, rows, at.lane);
@@ -662,7 +683,7 @@ struct Backward {
         __syncwarp();
         B_from.spread(B, at.lane);
         C_from.spread(C, at.lane);
-        at.template make<FULL>(of.step, of.written, delta, x, token, rows, settled);
+        at.template make<FULL>(of.step, of.written, delta, x, token, rows);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             bool open = at.template open<FULL>(token, t, rows);
@@ -799,7 +820,7 @@ struct Backward {
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) state(of, n, from);
         if (next >= 0) restore(next);
-        write<FULL>(of, opaque(token), rows);
+        write<FULL>(of, token, rows);
         flush<FULL>(token, rows);
     }
 
