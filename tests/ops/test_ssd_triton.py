@@ -32,6 +32,7 @@ pytestmark = [
 ]
 LEAVES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
 LENGTHS = [1, 63, 300] if INTERPRETED else [1, 63, 300, 1000]
+HEADS = 4 if INTERPRETED else 32  # the error of four numbers depends on luck
 Scan = Callable[[SSDInputs, LayerPlan | None], tuple[Tensor, Tensor]]
 
 
@@ -112,14 +113,14 @@ def assert_as_exact(
 @pytest.mark.parametrize("planned", [False, True], ids=["bare", "planned"])
 def test_outputs_and_gradients_are_as_exact_as_the_references(length: int, planned: bool) -> None:
     torch.manual_seed(length)
-    inputs = ssd_inputs(2, length)
+    inputs = ssd_inputs(2, length, HEADS)
     if not planned:
         bare = inputs.replace(D=None, delta_bias=None, initial_state=None)
         return assert_as_exact(bare)
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[0, : length // 3] = False
     inputs = inputs.replace(valid=valid, delta_limit=(0.02, 0.3))
-    return assert_as_exact(inputs, full_plan(4, 2))
+    return assert_as_exact(inputs, full_plan(HEADS, 2))
 
 
 @runs_kernels
@@ -298,3 +299,37 @@ def test_more_than_two_to_the_31_elements_are_read_and_written_right() -> None:
     exact = truth[:, -1000:].cpu()
     assert error(y[:, -1000:], exact) <= 2 * error(exact.bfloat16(), exact)
     assert error(final, state_after.cpu()) <= 5e-7
+
+
+@on_gpu
+@runs_kernels
+@pytest.mark.skipif(INTERPRETED, reason="needs much memory")
+def test_gradients_past_two_to_the_31_elements_are_right() -> None:
+    length, heads, width, state = 280_000, 128, 64, 128
+    torch.manual_seed(0)
+    shape = {"dtype": torch.bfloat16, "device": DEVICE}
+    inputs = SSDInputs(
+        x=torch.randn(1, length, heads, width, **shape),
+        delta=torch.randn(1, length, heads, **shape) - 3,
+        A=-torch.linspace(1, 16, heads, device=DEVICE),
+        B=torch.randn(1, length, 1, state, **shape),
+        C=torch.randn(1, length, 1, state, **shape),
+    )
+    dy = torch.randn(1, length, heads, width, **shape)
+    names = ("x", "delta", "B", "C")
+
+    def gradients(scan: Scan, inputs: SSDInputs, dy: Tensor) -> list[Tensor]:
+        leaves = {n: getattr(inputs, n).detach().requires_grad_() for n in names}
+        y, _ = scan(inputs.replace(**leaves), None)
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+        return [g[:, -1000:].double().cpu() for g in found]
+
+    assert inputs.x.numel() > 2**31
+    found = gradients(ours, inputs, dy)
+    # What lies 3,000 tokens back has decayed to nothing.
+    pieces = {n: getattr(inputs, n)[:, -4000:] for n in names}
+    tail, dy = inputs.replace(**pieces), dy[:, -4000:]
+    truth = gradients(chunked.ssd, moved(tail, DEVICE, torch.float64), dy.double())
+    same = gradients(chunked.ssd, tail, dy)
+    for value, near, exact in zip(found, same, truth, strict=True):
+        assert error(value, exact) <= 2 * error(near, exact)

@@ -282,12 +282,14 @@ def inputs_and_decays(
         ok = tl.load(valid_ptr + row * svb + (first + i) * svl, mask=inside, other=0) != 0
     bp = B_ptr + row * (sBb * UNIT) + group * (sBg * UNIT) + first * (sBl * UNIT)
     cp = C_ptr + row * (sCb * UNIT) + group * (sCg * UNIT) + first * (sCl * UNIT)
-    products = tl.zeros((Q, Q), tl.float32)
-    for split in tl.static_range(NS // BN):
-        n = split * BN + tl.arange(0, BN)
-        b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
-        c = _tokens(cp, sCl * UNIT, ok, i, n, states, WHOLE, WIDE)
-        products = tl.dot(b, tl.trans(c), products, input_precision=PRECISE)
+    n = tl.arange(0, BN)
+    b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
+    c = _tokens(cp, sCl * UNIT, ok, i, n, states, WHOLE, WIDE)
+    products = tl.dot(b, tl.trans(c), input_precision=PRECISE)
+    for split in tl.static_range(1, NS // BN):
+        part_b = _tokens(bp, sBl * UNIT, ok, i, split * BN + n, states, WHOLE, WIDE)
+        part_c = _tokens(cp, sCl * UNIT, ok, i, split * BN + n, states, WHOLE, WIDE)
+        products = tl.dot(part_b, tl.trans(part_c), products, input_precision=PRECISE)
     xp = x_ptr + row * (sxb * UNIT) + first * (sxl * UNIT)
     yp = dy_ptr + row * (syb * UNIT) + first * (syl * UNIT)
     spots = (place * steps + chunk) * heads
@@ -306,11 +308,11 @@ def inputs_and_decays(
         spot = (spots + head) * blocks + block
         into = tl.zeros((Q, BP), tl.float32)
         for split in tl.static_range(NS // BN):
-            if NS > BN:
-                n = split * BN + tl.arange(0, BN)
-                b = _tokens(bp, sBl * UNIT, ok, i, n, states, WHOLE, WIDE)
+            part_b = b
+            if split > 0:
+                part_b = _tokens(bp, sBl * UNIT, ok, i, split * BN + n, states, WHOLE, WIDE)
             ahead = tl.load(ahead_ptr + spot * (BP * NS) + split * BN + inner)
-            into = tl.dot(b, tl.trans(ahead), into, input_precision=PRECISE)
+            into = tl.dot(part_b, tl.trans(ahead), into, input_precision=PRECISE)
         into *= _left(total - sums, rest - rests)[:, None]
         passed = 0.0
         across = tl.zeros((Q,), tl.float32)

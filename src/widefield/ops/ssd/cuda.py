@@ -7,6 +7,10 @@ the second adds that up in front of its own. Neither chunk states nor the produc
 go through memory.
 
 What is rounded to the inputs' dtype: in y, each factor once, as y itself is; in states, nothing.
+
+Backward, the state in front of each chunk and the gradient behind it do go through memory, and all
+chunks are worked on at once. Gradients that are rounded read them rounded once; what float32
+gradients are made of, those of A and the bias, is found while the states are walked.
 """
 
 from __future__ import annotations
@@ -68,13 +72,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _cut(inputs: SSDInputs, several: int) -> _Cut:
-    """Segments for about so many programs a multiprocessor."""
+def _cut(inputs: SSDInputs) -> _Cut:
+    """Segments for about two programs a multiprocessor."""
     batch, length, heads, width = inputs.x.shape
     large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
     chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
     programs = batch * heads * _parts(width, 64)
-    wanted = several * _processors(inputs.x.device) // programs
+    wanted = 2 * _processors(inputs.x.device) // programs
     slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
     segment = max(chunk, chunk * -(-length // (chunk * slots)))
     if inputs.cu_seqlens is None:
@@ -142,13 +146,13 @@ class _Call:
     cut: _Cut
 
     @staticmethod
-    def of(inputs: SSDInputs, plan: LayerPlan, several: int = 2) -> _Call:
+    def of(inputs: SSDInputs, plan: LayerPlan) -> _Call:
         x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
         D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
         initial = inputs.initial_state
         initial = None if initial is None else initial.float().contiguous()
         A = inputs.A.float().contiguous()
-        cut = _cut(inputs, several)
+        cut = _cut(inputs)
         return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
 
     @cached_property
@@ -365,19 +369,20 @@ class _Chunked:
     def of(call: _Call, made: Sequence[Tensor]) -> _Chunked:
         width, states = call.x.shape[3], call.B.shape[3]
         if call.x.is_cuda:
-            BP, BN, narrow = _TILES
+            BP, BN, narrow = 64, 64 if states <= 64 else 128, 64
         else:
             BP, BN = call.width_tile, min(32, call.states_tile)
             narrow = BN if call.states_tile == BN else 16
         return _Chunked(call, made, (BP, BN), narrow, _parts(width, BP), _parts(states, BN))
 
-    def settings(self, unit: int, stages: int) -> dict[str, Any]:
+    def settings(self, unit: int) -> dict[str, Any]:
         BP, BN = self.tile
         width, states = self.call.x.shape[3], self.call.B.shape[3]
-        return self.call.tiles(unit) | {
+        tiles = self.call.tiles(unit)
+        return tiles | {
             "BP": BP, "BN": BN, "NS": self.padded, "num_warps": 4,
             "WHOLE": width % BP == 0 and states % BN == 0,
-            "STAGES": 1 if self.call.tiles(unit)["WIDE"] else stages,
+            "STAGES": 1 if tiles["WIDE"] else 2,
         }  # fmt: skip
 
     @property
@@ -420,7 +425,7 @@ class _Chunked:
             *call.optional(edges), before, states, low, met, passed, *call.optional(last),
             *call.sizes, *strides, *call.valid_strides,
             EDGES=edges is not None, LAST=last is not None, BACKWARD=backward,
-            **(self.settings(unit, 2) | {"BN": self.narrow}),
+            **(self.settings(unit) | {"BN": self.narrow}),
         )  # fmt: skip
         return states, met, low, passed
 
@@ -438,7 +443,7 @@ class _Chunked:
         gradients.projections[(call.chunks, groups * parts * self.splits, batch)](
             u, v, keys, *call.optional(call.inputs.valid, call.cut.table), *self.made,
             states, found, sign, *call.sizes, share // parts, *strides, *call.valid_strides,
-            **self.settings(unit, 2),
+            **self.settings(unit),
         )  # fmt: skip
         return found[0] if parts == 1 else found.sum(0).to(keys.dtype)
 
@@ -459,7 +464,7 @@ class _Chunked:
             x, call.B, call.C, dy, *call.optional(call.D, call.inputs.valid, call.cut.table),
             *self.made, behind, across, stayed, passed, dx, direct, through, dD,
             *call.sizes, share // parts, *strides, *call.valid_strides,
-            HAS_D=call.D is not None, PARTS=self.padded // self.narrow, **self.settings(unit, 2),
+            HAS_D=call.D is not None, PARTS=self.padded // self.narrow, **self.settings(unit),
         )  # fmt: skip
         return direct, through, dD.sum((0, 2))
 
@@ -504,7 +509,7 @@ class _SSD(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else dy
         softplus, limit = ctx.options
         inputs = SSDInputs(x, delta, A, B, C, D, bias, softplus, limit, initial, valid, cu_seqlens)
-        found = _backward(_Call.of(inputs, ctx.plan, _SEVERAL_BACKWARD), dy, dfinal)
+        found = _backward(_Call.of(inputs, ctx.plan), dy, dfinal)
         wanted = {
             "x": x,
             "delta": delta,
@@ -565,7 +570,5 @@ def gated_ssd(
 
 
 _MOST_SEGMENTS = 64
-_SEVERAL_BACKWARD = 4  # segments a multiprocessor
-_TILES = (64, 128, 64)  # channels and states, and states where they are walked
 # Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
 _EXACT = "bf16x6"
