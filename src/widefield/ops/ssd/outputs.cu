@@ -17,6 +17,7 @@
 //   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
 //   SPLIT     how many warpgroups share the channels of a head
 //   HAS_SKIP HAS_INITIAL  0 or 1
+//   X_TOKEN B_TOKEN C_TOKEN Z_TOKEN  bytes from token to token: known here, they cost nothing
 //   SKIP_KIND GAIN_KIND  see numbers.cuh
 //   HAS_GATE  1: y = (y + D·x) silu(z) gain, and the sums of squares before the gain
 
@@ -35,8 +36,7 @@ struct Parameters {
     const float *delta, *sums, *added, *kept, *initial;
     void* y;
     float *squares, *final;
-    i64 x_row, x_token, x_head, B_row, B_token, B_group, C_row, C_token, C_group, z_row, z_token,
-        z_head;  // strides in bytes
+    i64 x_row, x_head, B_row, B_group, C_row, C_group, z_row, z_head;  // strides in bytes
     i64 length;
     int segment, slots, heads, share;
 };
@@ -71,14 +71,14 @@ struct Walk {
         i64 of = blockIdx.x * COLUMNS / SPLIT / p.share;
         int t = thread / 8, piece = thread % 8 * 16 + 2 * channel;
         x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head +
-            (begin + t) * p.x_token + piece;
+            (begin + t) * X_TOKEN + piece;
         if (HAS_GATE)
             z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head +
-                (begin + t) * p.z_token + piece;
+                (begin + t) * Z_TOKEN + piece;
         t = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
-        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * p.B_token +
+        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * B_TOKEN +
             piece;
-        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * p.C_token +
+        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * C_TOKEN +
             piece;
         t = 16 * warp + lane / 8;
         y = static_cast<u8*>(p.y) +
@@ -102,10 +102,10 @@ struct Walk {
 
     template <bool WHOLE>
     __device__ __forceinline__ void fetch_tiles(int stage, int left) {
-        fetch_tile<WHOLE, PIECES, THREADS>(b_tile(stage), B, p.B_token, threadIdx.x, left);
-        fetch_tile<WHOLE, PIECES, THREADS>(c_tile(stage), C, p.C_token, threadIdx.x, left);
-        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, thread, left);
-        if (HAS_GATE) fetch_tile<WHOLE, 8, 128>(z_tile(stage), z, p.z_token, thread, left);
+        fetch_tile<WHOLE, PIECES, THREADS, B_TOKEN>(b_tile(stage), B, threadIdx.x, left);
+        fetch_tile<WHOLE, PIECES, THREADS, C_TOKEN>(c_tile(stage), C, threadIdx.x, left);
+        fetch_tile<WHOLE, 8, 128, X_TOKEN>(x_tile(stage), x, thread, left);
+        if (HAS_GATE) fetch_tile<WHOLE, 8, 128, Z_TOKEN>(z_tile(stage), z, thread, left);
     }
     // What a chunk needs, into a stage; its vectors into registers.
     __device__ __forceinline__ void fetch(int first, int stage) {
