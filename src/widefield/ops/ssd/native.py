@@ -16,16 +16,15 @@ from widefield.ops import _nvrtc
 from widefield.ops._backend import wants_cuda_cpp
 from widefield.plan import SSDInputs
 
-__all__ = ["BLOCKS", "COLUMNS", "Gate", "outputs", "segment_of", "states", "supports"]
+__all__ = ["BLOCKS", "Gate", "outputs", "segment_of", "states", "supports"]
 
 _FOLDER = Path(__file__).parent
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WIDTH = 64  # channels of a warpgroup
+_WIDTH = 64  # channels of a block
 _CHUNK = 64  # tokens
 _TILE = _CHUNK * 128  # bytes
 _MOST_SEGMENTS = 64
-COLUMNS = 1  # warpgroups of a block of the kernel of y
-BLOCKS = 2  # of those, that run on a multiprocessor at the same time
+BLOCKS = 2  # of the kernel of y that run on a multiprocessor at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class _States(ctypes.Structure):
 
 
 def supports(inputs: SSDInputs, gate: Gate | None = None) -> bool:
-    """Whether this kernel can make y."""
+    """Whether these kernels can run the scan."""
     x, B, C = inputs.x, inputs.B, inputs.C
     if inputs.valid is not None or inputs.cu_seqlens is not None or not x.is_cuda:
         return False
@@ -145,7 +144,6 @@ def outputs(
     passed: Sequence[Tensor],
     segment: int,
     gate: Gate | None,
-    columns: int = COLUMNS,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What comes out of the scan.
 
@@ -155,7 +153,6 @@ def outputs(
         passed: what `states` returns.
         segment: tokens of a segment.
         gate: what y passes through, or None.
-        columns: warpgroups of a block.
 
     Returns:
         y, the final state, and with a gate the sums of squares (B, L, parts).
@@ -173,15 +170,14 @@ def outputs(
     kinds = (_kind(skip), _kind(gain))
     strided = (x, B, C, z)
     kernel = _outputs_kernel(
-        x.device.index, size, columns, split, *kinds, initial is not None, _tokens(*strided)
+        x.device.index, size, split, *kinds, initial is not None, _tokens(*strided)
     )
     slots = passed[1].shape[1]
     tensors = (x, B, C, z, skip, gain, *made[:2], *passed, initial, y, squares, final)
     pointers = (0 if t is None else t.data_ptr() for t in tensors)
     strides = _outer(*strided)
     sizes = (length, segment, slots, heads, heads // groups)
-    grid = (heads * split // columns, slots, batch)
-    kernel.launch(grid, _Outputs(*pointers, *strides, *sizes))
+    kernel.launch((heads * split, slots, batch), _Outputs(*pointers, *strides, *sizes))
     return y, final, squares
 
 
@@ -218,7 +214,6 @@ def _states_kernel(
 def _outputs_kernel(
     device: int | None,
     states: int,
-    columns: int,
     split: int,
     skip: int | None,
     gain: int | None,
@@ -227,15 +222,13 @@ def _outputs_kernel(
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     halves, gated = states // 64, gain is not None
-    stage = _TILE * (2 * halves + (1 + gated) * columns)
+    stage = _TILE * (2 * halves + 1 + gated)
     macros = {
-        "STATES": states, "COLUMNS": columns, "SPLIT": split,
+        "STATES": states, "SPLIT": split,
         "HAS_SKIP": skip is not None, "SKIP_KIND": skip or 0, "HAS_INITIAL": initial,
         "HAS_GATE": gated, "GAIN_KIND": gain or 0,
         **dict(zip(("X_TOKEN", "B_TOKEN", "C_TOKEN", "Z_TOKEN"), tokens, strict=True)),
     }  # fmt: skip
-    shared = 2 * stage + (_TILE * halves + 4 * 4 * _CHUNK) * columns
-    source, threads = _FOLDER / "outputs.cu", 128 * columns
-    return _nvrtc.build(
-        source, "ssd_outputs", macros, threads=threads, shared=shared, only_here=True
-    )
+    shared = 2 * stage + _TILE * halves + 4 * 4 * _CHUNK
+    source = _FOLDER / "outputs.cu"
+    return _nvrtc.build(source, "ssd_outputs", macros, threads=128, shared=shared, only_here=True)

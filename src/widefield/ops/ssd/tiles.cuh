@@ -41,9 +41,6 @@ __device__ __forceinline__ void copies_wait() {
 __device__ __forceinline__ void publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ __forceinline__ void meet_group(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
 // Four matrices of 8 x 8 numbers; a lane gives the place of a row of one of them.
 __device__ __forceinline__ void read_turned(u32* r, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
