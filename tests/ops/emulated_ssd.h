@@ -17,8 +17,6 @@ template <int LEFT>
 static void products_wait() {}
 template <int N>
 static void pin(float (&)[N]) {}
-static Meeting groups[4];
-static void meet_group(int group) { meet(groups[group], 128); }
 
 template <typename T>
 static T read_as(unsigned from) {

@@ -14,7 +14,7 @@ from widefield.ops import _nvrtc
 _HEADERS = tuple(Path(__file__).with_name(f"emulated_{name}.h") for name in ("cuda", "ssd"))
 _REPLACED = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "address", "copy16", "copies_commit", "copies_wait", "publish", "meet_group",
+    "address", "copy16", "copies_commit", "copies_wait", "publish",
     "read_matrices", "read_turned", "write_matrices", "products_begin", "products_commit",
     "products_wait", "pin",
     "multiply_tiles",
@@ -73,7 +73,6 @@ extern "C" int emulate(unsigned columns, unsigned rows, unsigned batch, const vo
         for (unsigned y = 0; y < rows; y++)
             for (unsigned x = 0; x < columns; x++) {{
                 blockIdx = {{x, y, z}};
-                for (Meeting& group : groups) group = {{}};
                 if (run_block({threads}, {shared})) return 1;
             }}
     return 0;

@@ -98,15 +98,13 @@ def normed(y: Tensor, squares: Tensor) -> Tensor:
     return y.double() * scale[..., None, None]
 
 
-def assert_y_is_exact(
-    inputs: SSDInputs, gate: native.Gate | None, segment: int, columns: int
-) -> None:
+def assert_y_is_exact(inputs: SSDInputs, gate: native.Gate | None, segment: int) -> None:
     made, passed = prepared(inputs, segment)
     added, kept = native.states(inputs, made, segment, passed[1].shape[1])
     assert error(added, passed[0].double()) <= 3e-7
     logs = passed[1].log2().abs().clamp_max(150).max()
     assert error(kept, passed[1].double()) <= 1e-7 * max(1.0, float(logs))
-    y, final, squares = native.outputs(inputs, made, passed, segment, gate, columns)
+    y, final, squares = native.outputs(inputs, made, passed, segment, gate)
     truth, state = reference.ssd(wide(inputs))
     assert error(final, state) <= 3e-7
     same, _ = reference.ssd(inputs)
@@ -122,18 +120,18 @@ def assert_y_is_exact(
 
 @pytest.mark.usefixtures("emulated", "poisoned")
 @pytest.mark.parametrize(
-    ("shape", "segment", "columns"),
+    ("shape", "segment"),
     [
         # batch, length, heads, channels, groups, states
-        ((1, 64, 2, 64, 1, 128), 64, 1),
-        ((2, 100, 2, 64, 1, 128), 64, 2),
-        ((1, 150, 4, 128, 2, 64), 128, 2),
-        ((2, 1, 3, 64, 3, 64), 64, 1),
+        ((1, 64, 2, 64, 1, 128), 64),
+        ((2, 100, 2, 64, 1, 128), 64),
+        ((1, 150, 4, 128, 2, 64), 128),
+        ((2, 1, 3, 64, 3, 64), 64),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_each_variant_is_right_in_the_emulator(
-    shape: tuple[int, ...], segment: int, columns: int, gated: bool
+    shape: tuple[int, ...], segment: int, gated: bool
 ) -> None:
     torch.manual_seed(0)
     inputs = strided(ssd_inputs(*shape, dtype=torch.bfloat16))
@@ -143,7 +141,7 @@ def test_each_variant_is_right_in_the_emulator(
         gate = native.Gate(z, torch.rand(shape[2] * shape[3]).bfloat16())
     else:
         inputs = inputs.replace(D=None, initial_state=None)
-    assert_y_is_exact(inputs, gate, segment, columns)
+    assert_y_is_exact(inputs, gate, segment)
 
 
 @pytest.mark.usefixtures("emulated", "poisoned")
@@ -151,7 +149,7 @@ def test_each_variant_is_right_in_the_emulator(
 def test_any_delta_is_right_in_the_emulator(delta: str) -> None:
     torch.manual_seed(1)
     inputs = strided(ssd_inputs(1, 100, 2, 64, 1, 64, delta=delta, dtype=torch.bfloat16))
-    assert_y_is_exact(inputs, None, 64, 2)
+    assert_y_is_exact(inputs, None, 64)
 
 
 def test_segments_fill_the_processors() -> None:

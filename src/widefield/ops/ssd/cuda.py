@@ -270,7 +270,7 @@ def _run(
     if not native.supports(inputs, gate):
         return (*_forward(_Call.of(inputs, plan)), None)
     batch, length, heads, width = inputs.x.shape
-    blocks = batch * heads * _parts(width, 64) // native.COLUMNS
+    blocks = batch * heads * _parts(width, 64)
     together = native.BLOCKS * _processors(inputs.x.device)
     segment = native.segment_of(together, blocks, length)
     return _on_tensor_cores(_Call.of(inputs, plan, segment), gate)

@@ -16,16 +16,15 @@ from widefield.ops import _nvrtc
 from widefield.ops._backend import wants_cuda_cpp
 from widefield.plan import SSDInputs
 
-__all__ = ["BLOCKS", "COLUMNS", "Gate", "outputs", "segment_of", "states", "supports"]
+__all__ = ["BLOCKS", "Gate", "outputs", "segment_of", "states", "supports"]
 
 _FOLDER = Path(__file__).parent
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WIDTH = 64  # channels of a warpgroup
+_WIDTH = 64  # channels of a block
 _CHUNK = 64  # tokens
 _TILE = _CHUNK * 128  # bytes
 _MOST_SEGMENTS = 64
-COLUMNS = 1  # warpgroups of a block of the kernel of y
-BLOCKS = 2  # of those, that run on a multiprocessor at the same time
+BLOCKS = 2  # of the kernel of y that run on a multiprocessor at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def _fields(pointers: str, strided: str) -> list[tuple[str, Any]]:
     return [
         *((name, ctypes.c_void_p) for name in pointers.split()),
         *((f"{name}_{step}", ctypes.c_longlong) for name in strided.split()
-          for step in ("row", "token", "head")),
+          for step in ("row", "head")),
         ("length", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("segment", "slots", "heads", "share")),
     ]  # fmt: skip
@@ -61,7 +60,7 @@ class _States(ctypes.Structure):
 
 
 def supports(inputs: SSDInputs, gate: Gate | None = None) -> bool:
-    """Whether this kernel can make y."""
+    """Whether these kernels can run the scan."""
     x, B, C = inputs.x, inputs.B, inputs.C
     if inputs.valid is not None or inputs.cu_seqlens is not None or not x.is_cuda:
         return False
@@ -131,8 +130,8 @@ def states(
     split = width // _WIDTH
     empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     added, kept = empty(batch, slots, heads, width, size), empty(batch, slots, heads)
-    kernel = _states_kernel(x.device.index, size, split)
-    strides = (2 * stride for t in (x, B) for stride in _outer(t))
+    kernel = _states_kernel(x.device.index, size, split, *_tokens(x, B))
+    strides = _outer(x, B)
     pointers = (t.data_ptr() for t in (x, B, *made, added, kept))
     sizes = (length, segment, slots, heads, heads // groups)
     kernel.launch((heads * split, slots, batch), _States(*pointers, *strides, *sizes))
@@ -145,7 +144,6 @@ def outputs(
     passed: Sequence[Tensor],
     segment: int,
     gate: Gate | None,
-    columns: int = COLUMNS,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What comes out of the scan.
 
@@ -155,7 +153,6 @@ def outputs(
         passed: what `states` returns.
         segment: tokens of a segment.
         gate: what y passes through, or None.
-        columns: warpgroups of a block.
 
     Returns:
         y, the final state, and with a gate the sums of squares (B, L, parts).
@@ -171,14 +168,16 @@ def outputs(
     final = empty(batch, heads, width, size)
     squares = None if gate is None else empty(batch, length, heads * split)
     kinds = (_kind(skip), _kind(gain))
-    kernel = _outputs_kernel(x.device.index, size, columns, split, *kinds, initial is not None)
+    strided = (x, B, C, z)
+    kernel = _outputs_kernel(
+        x.device.index, size, split, *kinds, initial is not None, _tokens(*strided)
+    )
     slots = passed[1].shape[1]
     tensors = (x, B, C, z, skip, gain, *made[:2], *passed, initial, y, squares, final)
     pointers = (0 if t is None else t.data_ptr() for t in tensors)
-    strides = (2 * stride for t in (x, B, C, z) for stride in _outer(t))
+    strides = _outer(*strided)
     sizes = (length, segment, slots, heads, heads // groups)
-    grid = (heads * split // columns, slots, batch)
-    kernel.launch(grid, _Outputs(*pointers, *strides, *sizes))
+    kernel.launch((heads * split, slots, batch), _Outputs(*pointers, *strides, *sizes))
     return y, final, squares
 
 
@@ -190,39 +189,46 @@ def _kind(tensor: Tensor | None) -> int | None:
     return None if tensor is None else _KINDS[tensor.dtype]
 
 
-def _outer(tensor: Tensor | None) -> Any:
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+def _outer(*tensors: Tensor | None) -> list[int]:
+    """Bytes from row to row and from head to head."""
+    return [0 if t is None else 2 * t.stride(axis) for t in tensors for axis in (0, 2)]
 
 
-@functools.cache
-def _states_kernel(device: int | None, states: int, split: int) -> _nvrtc.Kernel:
+def _tokens(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Bytes from token to token."""
+    return tuple(0 if t is None else 2 * t.stride(1) for t in tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def _states_kernel(
+    device: int | None, states: int, split: int, x_token: int, B_token: int
+) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
-    shared = 2 * _TILE * (states // 64 + 1) + 4 * _CHUNK
-    macros = {"STATES": states, "SPLIT": split}
+    shared = 2 * (_TILE * (states // 64 + 1) + 4 * _CHUNK)
+    macros = {"STATES": states, "SPLIT": split, "X_TOKEN": x_token, "B_TOKEN": B_token}
     source = _FOLDER / "states.cu"
     return _nvrtc.build(source, "ssd_states", macros, threads=128, shared=shared, only_here=True)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _outputs_kernel(
     device: int | None,
     states: int,
-    columns: int,
     split: int,
     skip: int | None,
     gain: int | None,
     initial: bool,
+    tokens: tuple[int, ...],
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     halves, gated = states // 64, gain is not None
-    stage = _TILE * (2 * halves + (1 + gated) * columns)
+    stage = _TILE * (2 * halves + 1 + gated)
     macros = {
-        "STATES": states, "COLUMNS": columns, "SPLIT": split,
+        "STATES": states, "SPLIT": split,
         "HAS_SKIP": skip is not None, "SKIP_KIND": skip or 0, "HAS_INITIAL": initial,
         "HAS_GATE": gated, "GAIN_KIND": gain or 0,
+        **dict(zip(("X_TOKEN", "B_TOKEN", "C_TOKEN", "Z_TOKEN"), tokens, strict=True)),
     }  # fmt: skip
-    shared = 2 * stage + (_TILE * halves + 4 * 4 * _CHUNK) * columns
-    source, threads = _FOLDER / "outputs.cu", 128 * columns
-    return _nvrtc.build(
-        source, "ssd_outputs", macros, threads=threads, shared=shared, only_here=True
-    )
+    shared = 2 * stage + _TILE * halves + 4 * 4 * _CHUNK
+    source = _FOLDER / "outputs.cu"
+    return _nvrtc.build(source, "ssd_outputs", macros, threads=128, shared=shared, only_here=True)

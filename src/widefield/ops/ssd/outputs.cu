@@ -1,9 +1,8 @@
 // The y of Mamba-2's scan on Hopper's tensor cores, gated where a gate is given.
 //
-// A warpgroup (128 threads) walks through one segment of 64 channels of one head, with their state
-// (64 x STATES) in registers, in chunks of 64 tokens; the COLUMNS warpgroups of a block share B and
-// C. Everything else of a chunk arrives in shared memory while the chunk before it is computed. For
-// a chunk:
+// A block is a warpgroup (128 threads) and walks through one segment of 64 channels of one head,
+// with their state (64 x STATES) in registers, in chunks of 64 tokens. What a chunk needs arrives
+// in shared memory while the chunk before it is computed. For a chunk:
 //
 //   scores = C Bᵀ              tokens that read x tokens that are read
 //   y      = C stateᵀ          of the state in front of the chunk
@@ -14,9 +13,9 @@
 // Products go on while the numbers for the next one are made.
 //
 //   STATES    64 or 128
-//   COLUMNS   warpgroups of a block, each with its own 64 channels: 1, 2 or 3
-//   SPLIT     how many warpgroups share the channels of a head
+//   SPLIT     how many blocks share the channels of a head
 //   HAS_SKIP HAS_INITIAL  0 or 1
+//   X_TOKEN B_TOKEN C_TOKEN Z_TOKEN  bytes from token to token: known here, they cost nothing
 //   SKIP_KIND GAIN_KIND  see numbers.cuh
 //   HAS_GATE  1: y = (y + D·x) silu(z) gain, and the sums of squares before the gain
 
@@ -24,19 +23,16 @@
 #include "../selective_scan/numbers.cuh"
 #include "tiles.cuh"
 
-constexpr int THREADS = 128 * COLUMNS;
-constexpr int STAGE = TILE * (2 * HALVES + (1 + HAS_GATE) * COLUMNS);
-constexpr int STATE = 2 * STAGE;  // where the copies of the states begin
-constexpr int VECTORS = STATE + TILE * HALVES * COLUMNS;
-constexpr int FLOATS = 4 * CHUNK;  // of a warpgroup: see Walk::spread
+constexpr int STAGE = TILE * (2 * HALVES + 1 + HAS_GATE);
+constexpr int STATE = 2 * STAGE;                // where the copy of the state is
+constexpr int VECTORS = STATE + TILE * HALVES;  // see Walk::spread
 
 struct Parameters {
     const void *x, *B, *C, *z, *skip, *gain;
     const float *delta, *sums, *added, *kept, *initial;
     void* y;
     float *squares, *final;
-    i64 x_row, x_token, x_head, B_row, B_token, B_group, C_row, C_token, C_group, z_row, z_token,
-        z_head;  // strides in bytes
+    i64 x_row, x_head, B_row, B_group, C_row, C_group, z_row, z_head;  // strides in bytes
     i64 length;
     int segment, slots, heads, share;
 };
@@ -51,7 +47,7 @@ __device__ __forceinline__ float2 pair_at(const void* base, i64 index) {
 
 struct Walk {
     const Parameters& p;
-    int thread, group, warp, lane;  // thread and warp of the warpgroup
+    int thread, warp, lane;
     i64 row, head;
     int channel, slot, count;  // first channel of the head; tokens of the segment
     const u8 *x, *z, *B, *C;   // the next piece of each that this thread fetches
@@ -60,25 +56,23 @@ struct Walk {
     float sum_next, delta_next, total_next;
 
     __device__ __forceinline__ Walk(const Parameters& q) : p(q) {
-        thread = threadIdx.x % 128, group = threadIdx.x / 128;
-        warp = thread / 32, lane = thread % 32;
-        int column = blockIdx.x * COLUMNS + group;
-        head = column / SPLIT, channel = column % SPLIT * 64;
+        thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+        head = blockIdx.x / SPLIT, channel = blockIdx.x % SPLIT * 64;
         slot = blockIdx.y, row = blockIdx.z;
         i64 begin = static_cast<i64>(slot) * p.segment;
         i64 left = p.length - begin;
         count = left < p.segment ? static_cast<int>(left) : p.segment;
-        i64 of = blockIdx.x * COLUMNS / SPLIT / p.share;
+        i64 of = head / p.share;
         int t = thread / 8, piece = thread % 8 * 16 + 2 * channel;
-        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head +
-            (begin + t) * p.x_token + piece;
+        x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head + (begin + t) * X_TOKEN +
+            piece;
         if (HAS_GATE)
             z = static_cast<const u8*>(p.z) + row * p.z_row + head * p.z_head +
-                (begin + t) * p.z_token + piece;
-        t = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
-        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * p.B_token +
+                (begin + t) * Z_TOKEN + piece;
+        t = thread / PIECES, piece = thread % PIECES * 16;
+        B = static_cast<const u8*>(p.B) + row * p.B_row + of * p.B_group + (begin + t) * B_TOKEN +
             piece;
-        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * p.C_token +
+        C = static_cast<const u8*>(p.C) + row * p.C_row + of * p.C_group + (begin + t) * C_TOKEN +
             piece;
         t = 16 * warp + lane / 8;
         y = static_cast<u8*>(p.y) +
@@ -90,22 +84,17 @@ struct Walk {
     __device__ __forceinline__ u32 b_tile(int stage) const { return stage * STAGE; }
     __device__ __forceinline__ u32 c_tile(int stage) const { return b_tile(stage) + TILE * HALVES; }
     __device__ __forceinline__ u32 x_tile(int stage) const {
-        return b_tile(stage) + TILE * (2 * HALVES + group);
+        return b_tile(stage) + TILE * 2 * HALVES;
     }
-    __device__ __forceinline__ u32 z_tile(int stage) const {
-        return x_tile(stage) + TILE * COLUMNS;
-    }
-    __device__ __forceinline__ u32 state_tile() const { return STATE + TILE * HALVES * group; }
-    __device__ __forceinline__ u32 vector(int which) const {
-        return VECTORS + 4 * (FLOATS * group + CHUNK * which);
-    }
+    __device__ __forceinline__ u32 z_tile(int stage) const { return x_tile(stage) + TILE; }
+    __device__ __forceinline__ u32 vector(int which) const { return VECTORS + 4 * CHUNK * which; }
 
     template <bool WHOLE>
     __device__ __forceinline__ void fetch_tiles(int stage, int left) {
-        fetch_tile<WHOLE, PIECES, THREADS>(b_tile(stage), B, p.B_token, threadIdx.x, left);
-        fetch_tile<WHOLE, PIECES, THREADS>(c_tile(stage), C, p.C_token, threadIdx.x, left);
-        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, thread, left);
-        if (HAS_GATE) fetch_tile<WHOLE, 8, 128>(z_tile(stage), z, p.z_token, thread, left);
+        fetch_tile<WHOLE, PIECES, 128, B_TOKEN>(b_tile(stage), B, thread, left);
+        fetch_tile<WHOLE, PIECES, 128, C_TOKEN>(c_tile(stage), C, thread, left);
+        fetch_tile<WHOLE, 8, 128, X_TOKEN>(x_tile(stage), x, thread, left);
+        if (HAS_GATE) fetch_tile<WHOLE, 8, 128, Z_TOKEN>(z_tile(stage), z, thread, left);
     }
     // What a chunk needs, into a stage; its vectors into registers.
     __device__ __forceinline__ void fetch(int first, int stage) {
@@ -122,7 +111,7 @@ struct Walk {
         }
         copies_commit();
     }
-    // The fetched vectors, where the whole warpgroup reads them: sums; Δ; Δ with the decay to the
+    // The fetched vectors, where all threads read them: sums; Δ; Δ with the decay to the
     // end of the chunk; Δ with the decay to the end of 16 tokens.
     __device__ __forceinline__ void spread() const {
         float near = __shfl_sync(~0u, sum_next, lane | 15);
@@ -294,7 +283,7 @@ struct Walk {
             square[h] += __shfl_xor_sync(~0u, square[h], 2);
             int t = first + my_row() + 8 * h;
             i64 token = row * p.length + static_cast<i64>(slot) * p.segment + t;
-            i64 at = token * p.heads * SPLIT + blockIdx.x * COLUMNS + group;
+            i64 at = token * p.heads * SPLIT + blockIdx.x;
             if (lane % 4 == 0 && t < count) p.squares[at] = square[h];
         }
     }
@@ -343,7 +332,7 @@ __device__ __forceinline__ void multiply(const Walk& walk, int stage, float (&y)
     pin(scores), pin(y);
     products_begin();
     multiply_by_states(scores, c, b);
-    multiply_by_states(y, c, described(walk.state_tile()));
+    multiply_by_states(y, c, described(STATE));
     walk.weigh(written, stage);
     pin(state);
     products_begin();
@@ -375,8 +364,8 @@ __device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, 
     multiply(walk, stage, y, scores, state, decays);
     products_wait<1>();
     pin(state), pin(y);
-    meet_group(walk.group);  // nobody reads the last state any more
-    walk.store_tile(walk.state_tile(), state);
+    __syncthreads();  // nobody reads the last state any more
+    walk.store_tile(STATE, state);
     scale(state, exp2_fast(walk.total_next));
     u32 x[16], z[16];
     float2 gain[8];
@@ -388,18 +377,18 @@ __device__ __forceinline__ void step(Walk& walk, Walk::State& state, int stage, 
     for (int i = 0; i < 32; i++) y[i] = fmaf(y[i], decays.fall[i / 2 % 2], scores[i]);
     if (HAS_SKIP) walk.add_skip(y, x, skip);
     if (HAS_GATE) walk.gate(y, z, gain, first);
-    if (!HAS_GATE) meet_group(walk.group);  // nobody reads x any more
+    if (!HAS_GATE) __syncthreads();  // nobody reads x any more
     walk.store_y(y, HAS_GATE ? walk.z_tile(stage) : walk.x_tile(stage), first);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS == 1 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(128, 2)
     ssd_outputs(const __grid_constant__ Parameters p) {
     Walk walk(p);
     Walk::State state;
     float skip = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, walk.head) : 0.0f;
     walk.fetch(0, 0);
     walk.begin(state);
-    walk.store_tile(walk.state_tile(), state);
+    walk.store_tile(STATE, state);
     scale(state, exp2_fast(walk.total_next));
     for (int first = 0, stage = 0; first < walk.count; first += CHUNK, stage ^= 1) {
         copies_wait();

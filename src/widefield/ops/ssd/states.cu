@@ -7,6 +7,7 @@
 //
 //   STATES    64 or 128
 //   SPLIT     how many blocks share the channels of a head
+//   X_TOKEN B_TOKEN  bytes from token to token: known here, they cost nothing
 
 #define EXACT 0
 #include "../selective_scan/numbers.cuh"
@@ -14,13 +15,13 @@
 
 constexpr float LEAST = -150.0f;
 constexpr int STAGE = TILE * (HALVES + 1);
-constexpr int VECTOR = 2 * STAGE;  // where the weights of a chunk's tokens are
+constexpr int VECTORS = 2 * STAGE;  // where the weights of a chunk's tokens are
 
 struct Parameters {
     const void *x, *B;
     const float *delta, *sums, *rests;
     float *added, *kept;
-    i64 x_row, x_token, x_head, B_row, B_token, B_group;  // strides in bytes
+    i64 x_row, x_head, B_row, B_group;  // strides in bytes
     i64 length;
     int segment, slots, heads, share;
 };
@@ -44,17 +45,17 @@ struct Walk {
         vectors = (row * p.heads + head) * p.length + begin;
         begin += (count - 1) / CHUNK * CHUNK;
         x = static_cast<const u8*>(p.x) + row * p.x_row + head * p.x_head +
-            (begin + thread / 8) * p.x_token + 2 * channel + thread % 8 * 16;
+            (begin + thread / 8) * X_TOKEN + 2 * channel + thread % 8 * 16;
         B = static_cast<const u8*>(p.B) + row * p.B_row + head / p.share * p.B_group +
-            (begin + thread / PIECES) * p.B_token + thread % PIECES * 16;
+            (begin + thread / PIECES) * B_TOKEN + thread % PIECES * 16;
     }
     __device__ __forceinline__ u32 b_tile(int stage) const { return stage * STAGE; }
     __device__ __forceinline__ u32 x_tile(int stage) const { return b_tile(stage) + TILE * HALVES; }
 
     template <bool WHOLE>
     __device__ __forceinline__ void fetch_tiles(int stage, int left) {
-        fetch_tile<WHOLE, PIECES, 128>(b_tile(stage), B, p.B_token, thread, left);
-        fetch_tile<WHOLE, 8, 128>(x_tile(stage), x, p.x_token, thread, left);
+        fetch_tile<WHOLE, PIECES, 128, B_TOKEN>(b_tile(stage), B, thread, left);
+        fetch_tile<WHOLE, 8, 128, X_TOKEN>(x_tile(stage), x, thread, left);
     }
     // What a chunk needs, into a stage and registers.
     __device__ __forceinline__ void fetch(int first, int stage) {
@@ -64,7 +65,7 @@ struct Walk {
                 fetch_tiles<true>(stage, left);
             else
                 fetch_tiles<false>(stage, left);
-            x -= 2 * CHUNK * p.x_token, B -= 2 * CHUNK * p.B_token;
+            x -= 2ll * CHUNK * X_TOKEN, B -= 2ll * CHUNK * B_TOKEN;
             i64 at = vectors + first;
             delta = sum = rest = 0.0f;
             if (thread < left)
@@ -74,24 +75,31 @@ struct Walk {
         }
         copies_commit();
     }
-    // Adds (weights·x)ᵀ B, in three parts.
+    __device__ __forceinline__ u32 weights(int stage) const { return VECTORS + 4 * CHUNK * stage; }
+
+    // Starts to add (weights·x)ᵀ B, in three parts; 16 tokens at a time.
     __device__ __forceinline__ void add(float (&state)[32 * HALVES], int stage) const {
-        u32 pairs[16], upper[16], middle[16], lower[16];
+        u32 pairs[16];
         read_channels(pairs, x_tile(stage), warp, lane);
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            int t = 16 * (i / 4) + i % 4 / 2 * 8 + lane % 4 * 2;
-            float2 w = read<float2>(VECTOR + 4 * t);
-            split(low(pairs[i]) * w.x, high(pairs[i]) * w.y, upper[i], middle[i], lower[i]);
-        }
         u64 b = described(b_tile(stage));
         pin(state);
-        products_begin();
-        multiply_by_tokens(state, lower, b, true);
-        multiply_by_tokens(state, middle, b, true);
-        multiply_by_tokens(state, upper, b, true);
-        products_wait<0>();
-        pin(state);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u32 upper[4], middle[4], lower[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int t = 16 * k + i / 2 * 8 + lane % 4 * 2;
+                float2 w = read<float2>(weights(stage) + 4 * t);
+                u32 pair = pairs[4 * k + i];
+                split(low(pair) * w.x, high(pair) * w.y, upper[i], middle[i], lower[i]);
+            }
+            u64 tokens = b + (k * 16 * ROW >> 4);
+            products_begin();
+            multiply_turned(state, lower, tokens, 1);
+            multiply_turned(state, middle, tokens, 1);
+            multiply_turned(state, upper, tokens, 1);
+        }
+        products_commit();
     }
     // Two numbers as pairs of their first, second and third 8 bits.
     static __device__ __forceinline__ void split(float a, float b, u32& upper, u32& middle,
@@ -124,9 +132,9 @@ struct Walk {
         __syncthreads();
 #pragma unroll
         for (int i = 16; i; i /= 2) poison += __shfl_xor_sync(~0u, poison, i);
-        if (lane == 0) write_float(VECTOR + 4 * warp, poison);
+        if (lane == 0) write_float(VECTORS + 4 * warp, poison);
         __syncthreads();
-        float2 a = read<float2>(VECTOR), b = read<float2>(VECTOR + 8);
+        float2 a = read<float2>(VECTORS), b = read<float2>(VECTORS + 8);
         return a.x + a.y + b.x + b.y;
     }
     __device__ __forceinline__ void store(const float (&state)[32 * HALVES], float poison,
@@ -158,17 +166,20 @@ extern "C" __global__ void __launch_bounds__(128, 3)
         float ahead = (walk.total - walk.sum) + (walk.total_rest - walk.rest) + since;
         bool alive = !(since < LEAST);
         if (walk.thread < CHUNK)
-            write_float(VECTOR + 4 * walk.thread, walk.delta * exp2_fast(ahead));
+            write_float(walk.weights(stage) + 4 * walk.thread, walk.delta * exp2_fast(ahead));
         since += walk.total + walk.total_rest;
         copies_wait();
         publish();
+        products_wait<0>();
+        pin(state);
         __syncthreads();
         walk.fetch(first - CHUNK, stage ^ 1);
         if (alive)
             walk.add(state, stage);
         else
             poison += walk.spoilt(stage);
-        __syncthreads();
     }
+    products_wait<0>();
+    pin(state);
     walk.store(state, walk.together(poison), since);
 }

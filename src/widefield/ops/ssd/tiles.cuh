@@ -41,9 +41,6 @@ __device__ __forceinline__ void copies_wait() {
 __device__ __forceinline__ void publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ __forceinline__ void meet_group(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
 // Four matrices of 8 x 8 numbers; a lane gives the place of a row of one of them.
 __device__ __forceinline__ void read_turned(u32* r, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -140,20 +137,18 @@ __device__ __forceinline__ void scale(float (&d)[N], float by) {
 
 // Of a tile of tokens and so many pieces each, in turns of STEP threads; zeros behind the last
 // token. The thread's piece moves on to the next chunk.
-template <bool WHOLE, int WIDE, int STEP>
-__device__ __forceinline__ void fetch_tile(u32 to, const u8*& from, i64 token, int self, int left) {
+template <bool WHOLE, int WIDE, int STEP, i64 TOKEN>
+__device__ __forceinline__ void fetch_tile(u32 to, const u8*& from, int self, int left) {
     constexpr int ROWS = STEP / WIDE;  // a multiple of 8: pieces stay where they are in a row
     static_assert(STEP % WIDE == 0 && ROWS % 8 == 0, "turns do not fit");
     int t = self / WIDE, piece = self % WIDE;
     to += TILE * (piece / 8) + spot(t, piece % 8);
-    const u8* next = from;
 #pragma unroll
     for (int turn = 0; turn < (CHUNK + ROWS - 1) / ROWS; turn++, t += ROWS) {
         if (CHUNK % ROWS != 0 && t >= CHUNK) break;
-        copy16(to + turn * ROWS * ROW, next, WHOLE || t < left ? 16 : 0);
-        next += ROWS * token;
+        copy16(to + turn * ROWS * ROW, from + turn * ROWS * TOKEN, WHOLE || t < left ? 16 : 0);
     }
-    from += CHUNK * token;
+    from += CHUNK * TOKEN;
 }
 // The channels of a warp (rows) and a chunk's tokens, of the 64 channels in a tile; in the order of
 // what products read from registers.
