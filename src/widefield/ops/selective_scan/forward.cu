@@ -1131,9 +1131,10 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
     Ring at(0);
     at.advance(mine / 2);
     Shared last = buffers.at(at.slot), done = buffers.done(at.slot);
+    bool ready = false;
 #pragma unroll 1
     for (u32 turn = mine; turn < turns; turn += TURNS) {
-        barrier_wait(buffers.full(at.slot), at.parity);
+        if (!ready) barrier_wait(buffers.full(at.slot), at.parity);
         Shared buffer = buffers.at(at.slot);
         // In the first turn there are no sums yet: what is written is replaced in the second.
         c.begin(buffer, last);
@@ -1144,8 +1145,10 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
             pair_wait(1 + given_at);
         } while (p.length < 0);
         read2(c.h, given);
+        bool filled = barrier_test(buffers.full(at.slot), at.parity);
         c.advance();
         hand_over();
+        ready = __all_sync(~0u, filled);
     }
     if (mine < turns) {
         c.end(last);
@@ -1172,6 +1175,7 @@ static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND ==
               "made for these");
 static_assert(TURNS == 1 || (TENSOR && TURNS % 2 == 0 && CONSUMERS * TURNS < 16),
               "turns do not fit");
+static_assert(TURNS / 2 < SLOTS, "a warp's last tile would be in the way of its next one");
 static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) +
                             (TURNS > 1 ? CONSUMERS * TURNS * STATE * 4 : 0),
               "the launch has another size of shared memory");
