@@ -350,6 +350,7 @@ def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch
 def test_no_wait_for_a_buffer_is_ambiguous(layout: native.Layout) -> None:
     assert layout.slots % layout.producers.bit_count() == 0
     assert layout.finishers.bit_count() <= layout.slots
+    assert layout.turns // 2 < layout.slots
 
 
 @pytest.mark.parametrize(

@@ -953,19 +953,19 @@ __device__ __forceinline__ float of_pair(float pair, int i) {
     return i ? __uint_as_float(bits & 0xffff0000u) : widen<1>(bits);
 }
 
-struct TensorConsumer {
+// Where in a buffer a lane's numbers lie, and its two states.
+struct TensorLane {
     int delta_at, B_from, C_from, sum_at;
     bool takes[2][2];  // sums: of which pair of tokens, in even and in odd groups
-    float A[2], h[2], sum[2];
-    float decay[2][8], write[2][8];
-    Four of[2];
-    float C[2][4];  // of four groups each, as pairs of bfloat16
+    float A[2], h[2];
 
     __device__ __forceinline__ static int half_of(int lane) { return lane / 4 % 2; }
-    __device__ __forceinline__ static int channel_of(int lane) { return lane / 8; }
+    __device__ __forceinline__ static int channel_of(int lane, int quad) {
+        return quad * 4 + lane / 8;
+    }
 
-    __device__ __forceinline__ void place(int lane, int warp) {
-        int g = lane / 4, c = lane % 4, half = half_of(lane), channel = warp * 4 + channel_of(lane);
+    __device__ __forceinline__ void place(int lane, int quad) {
+        int c = lane % 4, half = half_of(lane), channel = channel_of(lane, quad);
         delta_at = delta_of(channel);
         B_from = B_AT + lane / 8 * 8 + half_of(lane % 8 * 4) * 4;
         int column = lane % 8, group = lane / 8;  // that it points to
@@ -975,8 +975,37 @@ struct TensorConsumer {
             for (int j = 0; j < 2; j++) takes[i][j] = c == 2 * j + (half ^ i);
         int token = 4 * (c % 2 ^ half) + c / 2 * 2;
         sum_at = SUM_AT + half * PART_SIZE + token * SUM_PITCH + channel;
-        sum[0] = sum[1] = 0.0f;
     }
+
+    __device__ __forceinline__ static i64 state_at(const Parameters& p, i64 row, int channel,
+                                                   int lane) {
+        return (row * p.channels + channel) * STATES + half_of(lane) * 8 + lane % 4 * 2;
+    }
+
+    __device__ __forceinline__ void start(const Parameters& p, i64 row, int channel, int lane) {
+        bool here = channel < p.channels;
+        float scale = DECAY && here ? p.decay[row * p.decay_row + channel] : 1.0f;
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            float rate = here ? p.A[state_at(p, 0, channel, lane) + s] : 0.0f;
+            A[s] = max_or_nan(rate * scale * LOG2E, -3e38f);
+            h[s] = INITIAL && here ? p.initial[state_at(p, row, channel, lane) + s] : 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void stop(const Parameters& p, i64 row, int channel,
+                                         int lane) const {
+        if (channel >= p.channels) return;
+#pragma unroll
+        for (int s = 0; s < 2; s++) p.final[state_at(p, row, channel, lane) + s] = h[s];
+    }
+};
+
+struct TensorConsumer : TensorLane {
+    float sum[2];
+    float decay[2][8], write[2][8];
+    Four of[2];
+    float C[2][4];  // of four groups each, as pairs of bfloat16
 
     __device__ __forceinline__ void read(Four& to, Shared buffer, int g) {
         read4(to.delta, buffer + delta_at + 4 * g);
@@ -1002,8 +1031,9 @@ struct TensorConsumer {
             h[0] = fmaf(a[2], first[0], w[2]);
             h[1] = fmaf(a[3], first[1], w[3]);
             multiply(y, first[0], h[0], first[1], h[1], of_pair(pair, 0), of_pair(pair, 1));
-            sum[0] = takes[g % 2][j] ? y[0] : sum[0];
-            sum[1] = takes[g % 2][j] ? y[3] : sum[1];
+            bool take = takes[g % 2][j] || (g % 2 == 0 && j == 0);
+            sum[0] = take ? y[0] : sum[0];
+            sum[1] = take ? y[3] : sum[1];
         }
         if (g % 2 == 0) return;
         write1(buffer + sum_at + g / 2 * BLOCK * SUM_PITCH, sum[0]);
@@ -1035,17 +1065,8 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
                                                         const Buffers& buffers) {
     TensorConsumer c;
     c.place(lane, warp);
-    int d = first_channel + warp * 4 + c.channel_of(lane);
-    bool here = d < p.channels;
-    int first_state = c.half_of(lane) * 8 + lane % 4 * 2;
-    i64 state = (tokens.row * p.channels + d) * STATES + first_state;
-    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-        float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
-        c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
-        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
-    }
+    int channel = first_channel + c.channel_of(lane, warp);
+    c.start(p, tokens.row, channel, lane);
     u32 tiles = tokens.tiles;
     barrier_wait(buffers.full(0), 0);
     Shared buffer = buffers.at(0), handed = buffers.done(0);
@@ -1073,10 +1094,7 @@ __device__ __forceinline__ void consume_on_tensor_cores(const Parameters& p, int
     }
     c.turns<6, 8>(buffer, buffer);
     barrier_arrive(handed, lane);
-    if (here) {
-#pragma unroll
-        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
-    }
+    c.stop(p, tokens.row, channel, lane);
 }
 
 // Of two warps, one of which waits until the other has arrived. Barrier 0 is the whole block's.
@@ -1090,23 +1108,18 @@ __device__ __forceinline__ void pair_wait(int barrier) {
 // The same numbers again, but TURNS warps share the channels and take turns of TURN tokens. A warp
 // computes what needs no state before it has it, and C·h of its last turn at the same time, so
 // that most of what it does is done while other warps advance the states.
-struct TurnConsumer {
-    int delta_at, B_from, C_from, sum_at;
-    bool takes[2][2];
-    float A[2], h[2];
+struct TurnConsumer : TensorLane {
     float decay[2 * TURN], write[2 * TURN];
     float state[2 * TURN], C[2][4], sums[2];  // of the last turn; C of this one, too
     Four of[2];
 
+    // Its turns are one part of a tile, always the same.
     __device__ __forceinline__ void place(int lane, int quad, int part) {
-        TensorConsumer c;
-        c.place(lane, quad);
-        delta_at = c.delta_at + part * TURN;
-        B_from = c.B_from + part * (TURN / 4 * BC_FOUR);
-        C_from = c.C_from + part * (TURN / 4 * BC_FOUR);
-        sum_at = c.sum_at + part * (TURN * SUM_PITCH);
-        for (int i = 0; i < 2; i++)
-            for (int j = 0; j < 2; j++) takes[i][j] = c.takes[i][j];
+        TensorLane::place(lane, quad);
+        delta_at = opaque(delta_at + part * TURN);
+        B_from = opaque(B_from + part * (TURN / 4 * BC_FOUR));
+        C_from = opaque(C_from + part * (TURN / 4 * BC_FOUR));
+        sum_at = opaque(sum_at + part * (TURN * SUM_PITCH));
         for (int i = 0; i < 2 * TURN; i++) state[i] = 0.0f;
         for (int i = 0; i < 4; i++) C[1][i] = 0.0f;
     }
@@ -1177,19 +1190,11 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
     int quad = warp % CONSUMERS;
     u32 mine = warp / CONSUMERS, next = mine == TURNS - 1 ? 0 : mine + 1;
     c.place(lane, quad, mine % 2);
-    int d = first_channel + quad * 4 + TensorConsumer::channel_of(lane);
-    bool here = d < p.channels;
-    int first_state = TensorConsumer::half_of(lane) * 8 + lane % 4 * 2;
-    i64 state = (tokens.row * p.channels + d) * STATES + first_state;
-    float scale = DECAY && here ? p.decay[tokens.row * p.decay_row + d] : 1.0f;
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-        float A = here ? p.A[static_cast<i64>(d) * STATES + first_state + s] : 0.0f;
-        c.A[s] = max_or_nan(A * scale * LOG2E, -3e38f);
-        c.h[s] = INITIAL && here ? p.initial[state + s] : 0.0f;
-    }
+    int channel = first_channel + c.channel_of(lane, quad);
+    c.start(p, tokens.row, channel, lane);
     int given_at = quad * TURNS + mine, taken_at = quad * TURNS + next;
-    Shared given = buffers.states(given_at) + 2 * lane, taken = buffers.states(taken_at) + 2 * lane;
+    Shared given = buffers.states(given_at) + opaque(2 * lane);
+    Shared taken = buffers.states(taken_at) + opaque(2 * lane);
     auto hand_over = [&] {
         write2(taken, c.h[0], c.h[1]);
         pair_arrive(1 + taken_at);
@@ -1199,9 +1204,10 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
     Ring at(0);
     at.advance(mine / 2);
     Shared last = buffers.at(at.slot), done = buffers.done(at.slot);
+    bool ready = false;
 #pragma unroll 1
     for (u32 turn = mine; turn < turns; turn += TURNS) {
-        barrier_wait(buffers.full(at.slot), at.parity);
+        if (!ready) barrier_wait(buffers.full(at.slot), at.parity);
         Shared buffer = buffers.at(at.slot);
         // In the first turn there are no sums yet: what is written is replaced in the second.
         c.begin(buffer, last);
@@ -1212,8 +1218,10 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
             pair_wait(1 + given_at);
         } while (p.length < 0);
         read2(c.h, given);
+        bool filled = barrier_test(buffers.full(at.slot), at.parity);
         c.advance();
         hand_over();
+        ready = __all_sync(~0u, filled);
     }
     if (mine < turns) {
         c.end(last);
@@ -1222,10 +1230,7 @@ __device__ __forceinline__ void consume_in_turns(const Parameters& p, int warp, 
     if (turns % TURNS != mine) return;
     pair_wait(1 + given_at);
     read2(c.h, given);
-    if (here) {
-#pragma unroll
-        for (int s = 0; s < 2; s++) p.final[state + s] = c.h[s];
-    }
+    c.stop(p, tokens.row, channel, lane);
 }
 
 // Of an empty sequence.
@@ -1240,6 +1245,7 @@ static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND ==
               "made for these");
 static_assert(TURNS == 1 || (TENSOR && TURNS % 2 == 0 && CONSUMERS * TURNS < 16),
               "turns do not fit");
+static_assert(TURNS / 2 < SLOTS, "a warp's last tile would be in the way of its next one");
 static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + (HANDED + 2 * CHANNELS) * 4,
               "the launch has another size of shared memory");
 
