@@ -294,7 +294,7 @@ class TestOnGpu:
         from widefield.ops.selective_scan import cuda
 
         calls = []
-        monkeypatch.setattr(native, "selective_scan", lambda *given: calls.append(given))
+        monkeypatch.setattr(native, "selective_scan", lambda *given, **_: calls.append(given))
         inputs = _moved(scan_inputs(1, 20, 16), "cuda")
         inputs.x.requires_grad_()
         cuda.selective_scan(inputs)[0].sum().backward()

@@ -72,15 +72,16 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _cut(inputs: SSDInputs) -> _Cut:
-    """Segments for about two programs a multiprocessor."""
+def _cut(inputs: SSDInputs, segment: int | None = None) -> _Cut:
+    """Segments of so many tokens, or for about two programs a multiprocessor."""
     batch, length, heads, width = inputs.x.shape
     large = inputs.x.dtype != torch.bfloat16 and inputs.B.shape[3] > 128
     chunk = CHUNK // 2 if large else CHUNK  # as much as fits into shared memory
-    programs = batch * heads * _parts(width, 64)
-    wanted = 2 * _processors(inputs.x.device) // programs
-    slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
-    segment = max(chunk, chunk * -(-length // (chunk * slots)))
+    if segment is None:
+        programs = batch * heads * _parts(width, 64)
+        wanted = 2 * _processors(inputs.x.device) // programs
+        slots = max(1, min(wanted, _MOST_SEGMENTS, length // (2 * chunk)))
+        segment = max(chunk, chunk * -(-length // (chunk * slots)))
     if inputs.cu_seqlens is None:
         return _Cut(chunk, segment, max(1, -(-length // segment)), batch, None, None)
     sequences = inputs.cu_seqlens.shape[0] - 1
@@ -146,13 +147,13 @@ class _Call:
     cut: _Cut
 
     @staticmethod
-    def of(inputs: SSDInputs, plan: LayerPlan) -> _Call:
+    def of(inputs: SSDInputs, plan: LayerPlan, segment: int | None = None) -> _Call:
         x, B, C = (_dense(t) for t in (inputs.x, inputs.B, inputs.C))
         D, bias = (None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias))
         initial = inputs.initial_state
         initial = None if initial is None else initial.float().contiguous()
         A = inputs.A.float().contiguous()
-        cut = _cut(inputs)
+        cut = _cut(inputs, segment)
         return _Call(x, inputs.delta, A, B, C, D, bias, initial, inputs, plan, cut)
 
     @cached_property
