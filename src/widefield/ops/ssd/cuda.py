@@ -282,7 +282,10 @@ def _on_tensor_cores(call: _Call, gate: native.Gate | None) -> tuple[Tensor, Ten
     cut, made = call.cut, [call.empty(batch, heads, length) for _ in range(3)]
     with torch.cuda.device_of(call.x):
         call.run_deltas(made)
-        passed = native.states(call.inputs, made, cut.segment, cut.slots)
+        if cut.segment > _LONG:
+            passed = call.segment_states(call.x, call.B, made, backward=False)
+        else:
+            passed = native.states(call.inputs, made, cut.segment, cut.slots)
         return native.outputs(call.inputs, made, passed, cut.segment, gate)
 
 
@@ -571,5 +574,6 @@ def gated_ssd(
 
 
 _MOST_SEGMENTS = 64
+_LONG = 4096  # tokens of a segment, above which Triton's states take less time than the native ones
 # Products of float32 tiles from six of bfloat16: as exact as float32; three of tf32 are not.
 _EXACT = "bf16x6"
