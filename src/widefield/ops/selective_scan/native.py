@@ -90,9 +90,11 @@ _LAYOUTS = {
 _SPREAD = Layout(group=16, consumers=2, producers=0xCC, finishers=0x330, stages=1)
 # On tensor cores, where that is faster.
 _TENSOR = {
-    1: Layout(group=8, consumers=1, producers=0xF0, finishers=0xF00, slots=8, tensor=True, turns=4),
+    1: Layout(
+        group=8, consumers=1, producers=0xFF00, finishers=0xF0000, slots=8, tensor=True, turns=8
+    ),
     2: Layout(
-        group=8, consumers=2, producers=0xF00, finishers=0xF000, slots=8, tensor=True, turns=4
+        group=8, consumers=2, producers=0xF000, finishers=0xF0000, slots=8, tensor=True, turns=6
     ),
     3: Layout(group=8, consumers=3, producers=0x8888, finishers=0x8880000, slots=8, tensor=True),
     4: Layout(group=8, consumers=4, producers=0xF0, finishers=0xF00, slots=8, tensor=True),
