@@ -89,7 +89,12 @@ def speeds(file: Path, folder: Path) -> list[Path]:
                 replace(curve, name=title)
                 for other, title in WITH_METHODS.get(model, {}).items()
                 for curve in curves_of(
-                    [row for row in data["rows"] if row["case"] == f"{other} prefill"], 1.0
+                    [
+                        row
+                        for row in data["rows"]
+                        if (row["case"], row["side"]) == (f"{other} prefill", "widefield")
+                    ],
+                    1.0,
                 )
             ]
             title = f"{name}, prefill: seconds by length"

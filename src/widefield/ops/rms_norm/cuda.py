@@ -174,7 +174,8 @@ def _backward(
         spot = tl.program_id(0).to(tl.int64) * full + within
         for piece in tl.static_range(PIECES):
             d = piece * BLOCK + column
-            tl.store(dw_ptr + spot + d, tl.sum(dweights[piece], axis=0), mask=d < WIDTH)
+            total = tl.sum(dweights[piece].to(tl.float64), axis=0)
+            tl.store(dw_ptr + spot + d, total.to(tl.float32), mask=d < WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])
