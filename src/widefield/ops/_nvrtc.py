@@ -25,6 +25,8 @@ from widefield.errors import WidefieldError
 
 __all__ = ["Kernel", "available", "build", "cache_folder", "source_of"]
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
 
 @functools.cache
 def available(device: int = 0) -> bool:
@@ -65,12 +67,21 @@ class Kernel:
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = _current_stream()
-        status = _driver().cuLaunchKernel(
-            self.function, *grid, self.threads, 1, 1, self.shared, stream,
+        launch = functools.partial(
+            _driver().cuLaunchKernel, self.function, *grid, self.threads, 1, 1, self.shared, stream,
             ctypes.addressof(pointers), 0,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        status = launch()[0]
+        if status and int(status) == _NO_CONTEXT:
+            _enter_context()
+            status = launch()[0]
         if status:
             _check((status,))
+
+
+def _enter_context() -> None:
+    """Give torch's context to a thread that has not used the GPU yet, as any call of its does."""
+    torch.cuda.mem_get_info()
 
 
 def _current_stream() -> int:
@@ -124,6 +135,7 @@ def build(
     options += ["--std=c++17"]
     options += [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     image = _image(source_of(source), source.name, options)
+    _enter_context()
     (module,) = _check(driver.cuModuleLoadData(image))
     (function,) = _check(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
