@@ -174,7 +174,7 @@ def _backward(
         spot = tl.program_id(0).to(tl.int64) * full + within
         for piece in tl.static_range(PIECES):
             d = piece * BLOCK + column
-            total = tl.sum(dweights[piece].to(tl.float64), axis=0)
+            total = tl.sum(tl.cast(dweights[piece], tl.float64), axis=0)
             tl.store(dw_ptr + spot + d, total.to(tl.float32), mask=d < WIDTH)
 
 
