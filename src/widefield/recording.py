@@ -31,7 +31,6 @@ __all__ = ["ChunkGraph", "GraphRefused", "Recordings"]
 _KEPT = 8
 _SHARE = 4  # recordings may hold one part in so many of a GPU's memory
 _FIELDS = ("delta_floor", "delta_scale", "decay_scale")
-_SCALARS = (bool, int, float, str, type(None))
 
 Plans = dict[int, LayerPlan | None]
 Key = tuple[Any, ...]

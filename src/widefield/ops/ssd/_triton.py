@@ -91,21 +91,6 @@ def times_narrow(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow_times(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """The same for a float32 b and an a that may be narrower."""
-    if a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    else:
-        high, middle, low = split(b, PARTS)
-        if PARTS > 2:
-            acc = tl.dot(a, low, acc)
-        if PARTS > 1:
-            acc = tl.dot(a, middle, acc)
-        acc = tl.dot(a, high, acc)
-    return acc
-
-
-@triton.jit
 def _bounds(table_ptr, row, slot, slots, length, segment, VARLEN: tl.constexpr):
     """Of a segment: sequence, first token, tokens, number in the sequence, last of it, place."""
     if VARLEN:
