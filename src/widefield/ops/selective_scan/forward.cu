@@ -45,7 +45,10 @@ constexpr int QUADS = CHANNELS / 4;  // pieces of four channels in a row of a ti
 constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
-constexpr int DELTA_PITCH = TILE + 4;
+// For tensor cores Δ and Δ·x of a token lie side by side, so that a producer stores them at once: its
+// stores, not its arithmetic, are what it waits for. Elsewhere all Δ come first, then all Δ·x.
+constexpr int TOKEN_PITCH = TENSOR ? 2 : 1;
+constexpr int DELTA_PITCH = TILE * TOKEN_PITCH + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
 constexpr int BC_FOUR = 32;  // TENSOR: four tokens, in bfloat16
 constexpr int DELTA_SIZE = CHANNELS * DELTA_PITCH + (CHANNELS - 1) / 8 * 8;
@@ -53,8 +56,8 @@ constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
 constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
 constexpr int SUM_PITCH = TENSOR && CHANNELS % 8 == 0 ? CHANNELS + 4 : CHANNELS;
 constexpr int PART_SIZE = TILE * SUM_PITCH + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
-constexpr int WRITTEN_AT = DELTA_SIZE;
-constexpr int B_AT = 2 * DELTA_SIZE;
+constexpr int WRITTEN_AT = TENSOR ? 1 : DELTA_SIZE;
+constexpr int B_AT = TENSOR ? DELTA_SIZE : 2 * DELTA_SIZE;
 constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
@@ -432,6 +435,16 @@ struct Valid {
     }
 };
 
+// Δ and Δ·x of a token.
+__device__ __forceinline__ void write_step(Shared to, float step, float written) {
+    if (TENSOR) {
+        write2(to, step, written);
+    } else {
+        write1(to, step);
+        write1(to + WRITTEN_AT, written);
+    }
+}
+
 constexpr bool LIMITS = FLOOR && SOFTPLUS;
 
 // The limits of the block's channels: first all low, then all high ones. Where there is no softplus,
@@ -467,7 +480,7 @@ struct Producer {
         C_to = opaque(C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i));
+            delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i) * TOKEN_PITCH);
         }
         at.aim(x_from, p.x, p.x_row, p.x_token, first, STRIDE);
         at.aim(delta_from, p.delta, p.delta_row, p.delta_token, first, STRIDE);
@@ -525,8 +538,7 @@ struct Producer {
                 step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
                 float written = valid.open<!VALID>(i) ? step * x[i].at(k) : 0.0f;
-                write1(buffer + delta_to[i] + k * DELTA_PITCH, step);
-                write1(buffer + delta_to[i] + (k * DELTA_PITCH + WRITTEN_AT), written);
+                write_step(buffer + delta_to[i] + k * DELTA_PITCH, step, written);
             }
             if (TENSOR && HAS_SKIP)
                 write2(buffer + 2 * at.lane + (X_AT + 64 * i), __uint_as_float(x[i].word[0]),
@@ -565,8 +577,7 @@ __device__ __noinline__ void settle(const Parameters& p, i64 row, int first_chan
         if (!Limit{c % 2 ? low[1] : low[0], c % 2 ? high[1] : high[0]}.doubts(v)) continue;
         float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
         if (!below_floor(v, scale, p.floor[row * p.floor_row + d])) continue;
-        write1(buffer + (delta_of(c) + t), 0.0f);
-        write1(buffer + (delta_of(c) + t + WRITTEN_AT), 0.0f);
+        write_step(buffer + (delta_of(c) + t * TOKEN_PITCH), 0.0f, 0.0f);
     }
 }
 
@@ -928,7 +939,15 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 //
 // What a lane reads of four tokens; B as pairs of bfloat16, as they lie in memory.
 struct Four {
-    float delta[4], written[4], B[4];
+    float steps[8], B[4];  // of each token Δ and Δ·x
+
+    __device__ __forceinline__ float delta(int token) const { return steps[2 * token]; }
+    __device__ __forceinline__ float written(int token) const { return steps[2 * token + 1]; }
+
+    __device__ __forceinline__ void read_steps(Shared from) {
+        read4(steps, from);
+        read4(steps + 4, from + 4);
+    }
 };
 
 __device__ __forceinline__ void multiply(float (&d)[4], float a0, float a1, float a2, float a3,
@@ -1008,8 +1027,7 @@ struct TensorConsumer : TensorLane {
     float C[2][4];  // of four groups each, as pairs of bfloat16
 
     __device__ __forceinline__ void read(Four& to, Shared buffer, int g) {
-        read4(to.delta, buffer + delta_at + 4 * g);
-        read4(to.written, buffer + delta_at + (WRITTEN_AT + 4 * g));
+        to.read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
         load_matrices(to.B, buffer + B_from + BC_FOUR * g);
         if (g % 4 == 0) load_matrices(C[g / 4], buffer + C_from + BC_FOUR * g);
     }
@@ -1018,8 +1036,8 @@ struct TensorConsumer : TensorLane {
     __device__ __forceinline__ void prepare(int g, const Four& from) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            decay[g % 2][i] = decay_of(from.delta[i / 2], A[i % 2]);
-            write[g % 2][i] = from.written[i / 2] * of_pair(from.B[i / 2], i % 2);
+            decay[g % 2][i] = decay_of(from.delta(i / 2), A[i % 2]);
+            write[g % 2][i] = from.written(i / 2) * of_pair(from.B[i / 2], i % 2);
         }
     }
 
@@ -1116,7 +1134,7 @@ struct TurnConsumer : TensorLane {
     // Its turns are one part of a tile, always the same.
     __device__ __forceinline__ void place(int lane, int quad, int part) {
         TensorLane::place(lane, quad);
-        delta_at = opaque(delta_at + part * TURN);
+        delta_at = opaque(delta_at + part * TURN * TOKEN_PITCH);
         B_from = opaque(B_from + part * (TURN / 4 * BC_FOUR));
         C_from = opaque(C_from + part * (TURN / 4 * BC_FOUR));
         sum_at = opaque(sum_at + part * (TURN * SUM_PITCH));
@@ -1125,17 +1143,16 @@ struct TurnConsumer : TensorLane {
     }
 
     __device__ __forceinline__ void read(Shared buffer, int g) {
-        read4(of[g % 2].delta, buffer + delta_at + 4 * g);
+        of[g % 2].read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
         load_matrices(of[g % 2].B, buffer + B_from + BC_FOUR * g);
-        read4(of[g % 2].written, buffer + delta_at + (WRITTEN_AT + 4 * g));
     }
 
     // What four tokens leave of the states, and what they add.
     __device__ __forceinline__ void prepare(int g) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            decay[8 * g + i] = decay_of(of[g % 2].delta[i / 2], A[i % 2]);
-            write[8 * g + i] = of[g % 2].written[i / 2] * of_pair(of[g % 2].B[i / 2], i % 2);
+            decay[8 * g + i] = decay_of(of[g % 2].delta(i / 2), A[i % 2]);
+            write[8 * g + i] = of[g % 2].written(i / 2) * of_pair(of[g % 2].B[i / 2], i % 2);
         }
     }
 

@@ -66,17 +66,19 @@ class Layout:
 
     def shared_bytes(self, states: int) -> int:
         """The size of the buffers, as the kernel computes it."""
-        delta = self.channels * (_TILE + 4) + (self.channels - 1) // 8 * 8
+        padding = (self.channels - 1) // 8 * 8
         if self.tensor:
+            steps = self.channels * (2 * _TILE + 4) + padding
             pitch = self.channels + (4 if self.channels % 8 == 0 else 0)
             projections = 2 * _TILE * 8
             sums = 2 * (_TILE * pitch + 4) + 16 * self.channels
         else:
+            steps = 2 * (self.channels * (_TILE + 4) + padding)
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
             part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
         handed = 64 * self.consumers * self.turns if self.turns > 1 else 0
-        buffers = self.slots * (4 * (2 * delta + projections + sums) + 24)
+        buffers = self.slots * (4 * (steps + projections + sums) + 24)
         return buffers + 4 * handed + 8 * self.channels
 
 
