@@ -45,8 +45,8 @@ constexpr int QUADS = CHANNELS / 4;  // pieces of four channels in a row of a ti
 constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
-// For tensor cores Δ and Δ·x of a token lie side by side, so that a producer stores them at once: its
-// stores, not its arithmetic, are what it waits for. Elsewhere all Δ come first, then all Δ·x.
+// For tensor cores Δ and Δ·x of a token lie side by side, so that a producer stores both at once
+// and a consumer reads as much at a time as before. Elsewhere all Δ come first, then all Δ·x.
 constexpr int TOKEN_PITCH = TENSOR ? 2 : 1;
 constexpr int DELTA_PITCH = TILE * TOKEN_PITCH + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
@@ -476,8 +476,8 @@ struct Producer {
 
     __device__ __forceinline__ void place(const Parameters& p, i64 first) {
         int t = C.token(0, at.lane), word = C.state(0, at.lane) / 2;
-        B_to = opaque(B_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
-        C_to = opaque(C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word);
+        B_to = B_AT + t / 4 * BC_FOUR + t % 4 * 8 + word;
+        C_to = C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word;
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
             delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i) * TOKEN_PITCH);
@@ -1143,8 +1143,8 @@ struct TurnConsumer : TensorLane {
     }
 
     __device__ __forceinline__ void read(Shared buffer, int g) {
-        of[g % 2].read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
         load_matrices(of[g % 2].B, buffer + B_from + BC_FOUR * g);
+        of[g % 2].read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
     }
 
     // What four tokens leave of the states, and what they add.
