@@ -45,9 +45,11 @@ constexpr int QUADS = CHANNELS / 4;  // pieces of four channels in a row of a ti
 constexpr int STEPS = 4 / PER_LANE;  // tokens in one 16-byte vector of B or C
 
 // A buffer, in floats. The paddings spread what a warp writes at once over the banks.
-// For tensor cores Δ and Δ·x of a token lie side by side, so that a producer stores both at once
-// and a consumer reads as much at a time as before. Elsewhere all Δ come first, then all Δ·x.
-constexpr int TOKEN_PITCH = TENSOR ? 2 : 1;
+// PAIRED: Δ and Δ·x of a token lie side by side, so that a producer stores both at once and a
+// consumer reads as much at a time as otherwise, where all Δ come first, then all Δ·x. Faster where
+// one producer's scheduler is the busiest, slower where warps take turns.
+constexpr bool PAIRED = TENSOR && TURNS == 1;
+constexpr int TOKEN_PITCH = PAIRED ? 2 : 1;
 constexpr int DELTA_PITCH = TILE * TOKEN_PITCH + 4;
 constexpr int BC_PITCH = GROUP * 4 + 4;
 constexpr int BC_FOUR = 32;  // TENSOR: four tokens, in bfloat16
@@ -56,8 +58,8 @@ constexpr int BC_SIZE = TILE / STEPS * BC_PITCH;
 constexpr int PARTS = TENSOR ? 2 : STAGES == 3 ? 1 : GROUP >> STAGES;  // sums that finishers add up
 constexpr int SUM_PITCH = TENSOR && CHANNELS % 8 == 0 ? CHANNELS + 4 : CHANNELS;
 constexpr int PART_SIZE = TILE * SUM_PITCH + (TENSOR || STAGES == 0 ? 4 : STAGES == 3 ? 0 : 8);
-constexpr int WRITTEN_AT = TENSOR ? 1 : DELTA_SIZE;
-constexpr int B_AT = TENSOR ? DELTA_SIZE : 2 * DELTA_SIZE;
+constexpr int WRITTEN_AT = PAIRED ? 1 : DELTA_SIZE;
+constexpr int B_AT = PAIRED ? DELTA_SIZE : 2 * DELTA_SIZE;
 constexpr int C_AT = B_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int SUM_AT = C_AT + (TENSOR ? TILE / 4 * BC_FOUR : BC_SIZE);
 constexpr int X_AT = SUM_AT + PARTS * PART_SIZE;  // TENSOR: x for the finisher, as its lanes read it
@@ -437,7 +439,7 @@ struct Valid {
 
 // Δ and Δ·x of a token.
 __device__ __forceinline__ void write_step(Shared to, float step, float written) {
-    if (TENSOR) {
+    if (PAIRED) {
         write2(to, step, written);
     } else {
         write1(to, step);
@@ -478,6 +480,7 @@ struct Producer {
         int t = C.token(0, at.lane), word = C.state(0, at.lane) / 2;
         B_to = B_AT + t / 4 * BC_FOUR + t % 4 * 8 + word;
         C_to = C_AT + t / 4 * BC_FOUR + t % 4 * 8 + word;
+        if (!PAIRED) B_to = opaque(B_to), C_to = opaque(C_to);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
             delta_to[i] = opaque(delta_of(at.channel(i)) + at.token(i) * TOKEN_PITCH);
@@ -939,14 +942,15 @@ __device__ __forceinline__ void consume(const Parameters& p, int warp, int lane,
 //
 // What a lane reads of four tokens; B as pairs of bfloat16, as they lie in memory.
 struct Four {
-    float steps[8], B[4];  // of each token Δ and Δ·x
+    float steps[8], B[4];  // Δ and Δ·x
 
-    __device__ __forceinline__ float delta(int token) const { return steps[2 * token]; }
-    __device__ __forceinline__ float written(int token) const { return steps[2 * token + 1]; }
-
-    __device__ __forceinline__ void read_steps(Shared from) {
-        read4(steps, from);
-        read4(steps + 4, from + 4);
+    __device__ __forceinline__ float delta(int t) const { return steps[PAIRED ? 2 * t : t]; }
+    __device__ __forceinline__ float written(int t) const {
+        return steps[PAIRED ? 2 * t + 1 : 4 + t];
+    }
+    // Half of the steps, of the four tokens that begin at `from`.
+    __device__ __forceinline__ void read_half(int half, Shared from) {
+        read4(steps + 4 * half, from + half * (PAIRED ? 4 : WRITTEN_AT));
     }
 };
 
@@ -1027,7 +1031,8 @@ struct TensorConsumer : TensorLane {
     float C[2][4];  // of four groups each, as pairs of bfloat16
 
     __device__ __forceinline__ void read(Four& to, Shared buffer, int g) {
-        to.read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
+        to.read_half(0, buffer + delta_at + 4 * TOKEN_PITCH * g);
+        to.read_half(1, buffer + delta_at + 4 * TOKEN_PITCH * g);
         load_matrices(to.B, buffer + B_from + BC_FOUR * g);
         if (g % 4 == 0) load_matrices(C[g / 4], buffer + C_from + BC_FOUR * g);
     }
@@ -1134,7 +1139,7 @@ struct TurnConsumer : TensorLane {
     // Its turns are one part of a tile, always the same.
     __device__ __forceinline__ void place(int lane, int quad, int part) {
         TensorLane::place(lane, quad);
-        delta_at = opaque(delta_at + part * TURN * TOKEN_PITCH);
+        delta_at = opaque(delta_at + part * TURN);
         B_from = opaque(B_from + part * (TURN / 4 * BC_FOUR));
         C_from = opaque(C_from + part * (TURN / 4 * BC_FOUR));
         sum_at = opaque(sum_at + part * (TURN * SUM_PITCH));
@@ -1143,8 +1148,9 @@ struct TurnConsumer : TensorLane {
     }
 
     __device__ __forceinline__ void read(Shared buffer, int g) {
+        of[g % 2].read_half(0, buffer + delta_at + 4 * g);
         load_matrices(of[g % 2].B, buffer + B_from + BC_FOUR * g);
-        of[g % 2].read_steps(buffer + delta_at + 4 * TOKEN_PITCH * g);
+        of[g % 2].read_half(1, buffer + delta_at + 4 * g);
     }
 
     // What four tokens leave of the states, and what they add.

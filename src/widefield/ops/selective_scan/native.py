@@ -67,13 +67,14 @@ class Layout:
     def shared_bytes(self, states: int) -> int:
         """The size of the buffers, as the kernel computes it."""
         padding = (self.channels - 1) // 8 * 8
-        if self.tensor:
+        steps = 2 * (self.channels * (_TILE + 4) + padding)
+        if self.tensor and self.turns == 1:
             steps = self.channels * (2 * _TILE + 4) + padding
+        if self.tensor:
             pitch = self.channels + (4 if self.channels % 8 == 0 else 0)
             projections = 2 * _TILE * 8
             sums = 2 * (_TILE * pitch + 4) + 16 * self.channels
         else:
-            steps = 2 * (self.channels * (_TILE + 4) + padding)
             projections = 2 * _TILE * (states // self.group) // 4 * (4 * self.group + 4)
             part = _TILE * self.channels + {0: 4, 1: 8, 3: 0}[self.stages]
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
