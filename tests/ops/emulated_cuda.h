@@ -18,6 +18,7 @@
 #define __align__(bytes) alignas(bytes)
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __cluster_dims__(...)
 
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
@@ -50,7 +51,10 @@ struct Warp {
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> over;
 static std::vector<Warp> warps;
+static std::vector<Meeting> blocks;  // of a cluster
 static Meeting everybody;
+static unsigned block_threads;
+static unsigned long block_shared;  // floats from one block's shared memory to the next one's
 static ucontext_t scheduler;
 static unsigned current;
 static unsigned long long idle;  // turns in a row in which nobody got on
@@ -65,7 +69,9 @@ static void meet(Meeting& meeting, unsigned size) {
     while (meeting.turn == turn) give_way();
     idle = 0;
 }
-static void __syncthreads() { meet(everybody, fibers.size()); }
+static unsigned rank_of_fiber() { return current / block_threads; }
+static void __syncthreads() { meet(blocks[rank_of_fiber()], block_threads); }
+static void meet_cluster() { meet(everybody, fibers.size()); }
 static void __syncwarp() { meet(warps[current / 32].meeting, 32); }
 
 template <typename T>
@@ -82,6 +88,11 @@ static T __shfl_sync(unsigned, T value, int lane) { return from_lane(value, lane
 template <typename T>
 static T __shfl_xor_sync(unsigned, T value, int mask) {
     return from_lane(value, current % 32 ^ mask);
+}
+template <typename T>
+static T __shfl_up_sync(unsigned, T value, int lanes) {
+    int lane = current % 32;
+    return from_lane(value, lane < lanes ? lane : lane - lanes);
 }
 static bool __all_sync(unsigned, bool value) {
     bool all = true;
@@ -223,14 +234,16 @@ static void enter() {
     swapcontext(&fibers[current], &scheduler);
 }
 
-// 0, or 1 if all threads wait for each other.
-static int run_block(unsigned threads, unsigned shared) {
+// Runs a block, or the blocks of a cluster from blockIdx on. 0, or 1 if all threads wait for each other.
+static int run_block(unsigned block_size, unsigned shared, unsigned cluster = 1) {
     constexpr size_t STACK = 1 << 16;
+    unsigned threads = block_size * cluster;
+    block_threads = block_size, block_shared = shared / 4 + 4;
     std::vector<char> stacks(threads * STACK);
-    std::vector<float> memory(shared / 4 + 4, NAN);
+    std::vector<float> memory(block_shared * cluster + 4, NAN);
     emulated_shared = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
     fibers.assign(threads, {}), over.assign(threads, false);
-    warps.assign(threads / 32, {}), everybody = {}, idle = 0;
+    warps.assign(threads / 32, {}), blocks.assign(cluster, {}), everybody = {}, idle = 0;
     for (Meeting& pair : pairs) pair = {};
     for (unsigned i = 0; i < threads; i++) {
         getcontext(&fibers[i]);
@@ -239,15 +252,18 @@ static int run_block(unsigned threads, unsigned shared) {
         fibers[i].uc_link = nullptr;
         makecontext(&fibers[i], enter, 0);
     }
+    unsigned first = blockIdx.x;
     for (unsigned left = threads; left;) {
         left = 0;
         for (current = 0; current < threads; current++) {
             if (over[current]) continue;
             left++;
-            threadIdx = {current, 0, 0};
+            threadIdx = {current % block_size, 0, 0};
+            blockIdx.x = first + rank_of_fiber();
             swapcontext(&scheduler, &fibers[current]);
         }
         if (++idle > 1000) return 1;
     }
+    blockIdx.x = first;
     return 0;
 }

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops import emulated_cuda, emulated_wide
+from tests.ops import emulated_cuda, emulated_relay, emulated_wide
 from widefield.ops import _nvrtc
-from widefield.ops.selective_scan import native, wide
+from widefield.ops.selective_scan import _calls, native, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
@@ -39,6 +39,15 @@ def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     return call.run(table[3])[0]
 
 
+def handed_on(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
+    """y of the scan whose warps hand the states on."""
+    if ON_GPU:
+        return relay.selective_scan(inputs, plan)[0]
+    tensors = _calls.readable(_calls.read(inputs, plan))
+    layout = relay.Layout(warps=2, tile=4)
+    return _calls.run(relay.launch_of(tensors, inputs.delta_softplus, layout), tensors)[0]
+
+
 def many_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     """y of the scan for many rows."""
     return wide.Call.prepare(inputs, plan, _small()).forward(save=False)[0]
@@ -55,15 +64,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.fixture(params=[few_rows, many_rows])
+@pytest.fixture(params=[few_rows, handed_on, many_rows])
 def scan(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Scan:
     if not ON_GPU:
         if emulated_cuda.compiler() is None:
             pytest.skip("needs a GPU or a C++ compiler")
-        emulated = emulated_cuda if request.param is few_rows else emulated_wide
+        modules = {few_rows: emulated_cuda, handed_on: emulated_relay, many_rows: emulated_wide}
+        emulated = modules[request.param]
         monkeypatch.setattr(_nvrtc, "build", partial(emulated.build, folder=compiled))
-        native._kernel.cache_clear()
-        wide._kernel.cache_clear()
+        for kernel in (native, relay, wide):
+            kernel._kernel.cache_clear()
     return request.param
 
 

@@ -55,12 +55,14 @@ class Kernel:
     threads: int
     shared: int
 
-    def launch(self, grid: tuple[int, int, int], parameters: ctypes.Structure) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], parameters: ctypes.Structure | ctypes.Array[ctypes.c_char]
+    ) -> None:
         """Launch on torch's current stream; the kernel's one parameter is a struct.
 
         Args:
             grid: how many blocks.
-            parameters: the struct, copied by the driver before this returns.
+            parameters: the struct, or its bytes, copied by the driver before this returns.
 
         Raises:
             WidefieldError: if the driver refuses the launch.

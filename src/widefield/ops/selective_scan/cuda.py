@@ -1,7 +1,9 @@
 """The selective scan on a GPU: which of its kernels runs, and the one in Triton.
 
-There are three. wide.py, in CUDA C++, is for many rows, and for gradients; native.py, in CUDA C++,
-for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
+There are four. wide.py, in CUDA C++, is for many rows, and for gradients; native.py and relay.py,
+in CUDA C++, for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
+Of native.py and relay.py the one runs that keeps more multiprocessors busy: native.py, whose blocks
+have 4, 8, 12 or 16 channels, or relay.py, with blocks or pairs of blocks for groups of 16.
 
 In Triton, one program runs a block of channels of one sequence from its first to its last token and
 keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._backend import wants_cuda_cpp
-from widefield.ops.selective_scan import native, wide
+from widefield.ops.selective_scan import _calls, native, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
@@ -485,24 +487,25 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     """
     plan = plan or _UNMODIFIED
     if not torch.is_grad_enabled() and wants_cuda_cpp() and not torch.compiler.is_compiling():
-        found = native.selective_scan_again(inputs, plan)
+        found = _calls.again(inputs, plan)
         if found is not None:
             return found
     kernel = _chosen(inputs)
     if kernel is None:
         return triton_scan(inputs, plan)
-    if kernel is native:
-        return native.selective_scan(inputs, plan, keep=True)
-    return kernel.selective_scan(inputs, plan)
+    if kernel is wide:
+        return wide.selective_scan(inputs, plan)
+    return kernel.selective_scan(inputs, plan, keep=True)
 
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
     if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
-    few = not wide.wants_gradients(inputs) and not _are_many(inputs)
-    if few and native.supports(inputs):
-        return native
+    if not wide.wants_gradients(inputs) and not _are_many(inputs):
+        able = [kernel for kernel in (native, relay) if kernel.supports(inputs)]
+        if able:
+            return min(able, key=lambda kernel: kernel.time_of(inputs))
     return wide if wide.supports(inputs) else None
 
 

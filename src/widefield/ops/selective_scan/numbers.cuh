@@ -164,6 +164,17 @@ __device__ __forceinline__ Limit limit_of(float scale, float floor, int lane) {
 template <int KIND>
 constexpr int BYTES = KIND == 0 ? 4 : 2;
 
+template <bool NARROW>
+struct Unsigned {
+    using Type = u16;
+};
+template <>
+struct Unsigned<false> {
+    using Type = u32;
+};
+template <int KIND>
+using Number = typename Unsigned<KIND != 0>::Type;  // as it lies in memory
+
 template <int KIND>
 __device__ __forceinline__ float widen(u32 bits) {
     if (KIND == 0) return __uint_as_float(bits);

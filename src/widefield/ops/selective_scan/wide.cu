@@ -30,14 +30,11 @@
 
 #include "numbers.cuh"
 
-constexpr int SPAN = 32 * PER_LANE;        // channels of a warp
-constexpr int COLUMNS = STATES * SPAN;     // one number for every state and channel of a warp
-constexpr int SQUARE = STATES * TILE;      // B or C of a tile
-constexpr int TILES = CHUNK / TILE;
-constexpr bool EVEN = CHANNELS % (WARPS * SPAN) == 0;  // all channels of all blocks exist
-constexpr int LOADS = (SQUARE + 31) / 32;  // numbers of B or C that a lane fetches
-
-static_assert(CHUNK % TILE == 0 && TILE % 4 == 0, "tiles do not fit");
+constexpr bool EVEN = CHANNELS % (WARPS * 32 * PER_LANE) == 0;
+// The forward compares what Δ is made of with a limit, and has a second loop for where that is
+// doubtful. The backward, whose loop needs all registers there are, compares Δ itself and decides
+// again what is close to its floor: that takes less there. Both freeze the same tokens.
+constexpr bool LIMITS = FLOOR && SOFTPLUS && !BACKWARD;
 
 struct Parameters {
     const void *x, *delta, *B, *C, *z, *skip, *bias;
@@ -55,9 +52,12 @@ struct Parameters {
     int floor_row, scale_row, decay_row;
 };
 
-__device__ __forceinline__ void prefetch(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
+#include "lanes.cuh"
+
+constexpr int COLUMNS = STATES * SPAN;  // one number for every state and channel of a warp
+constexpr int TILES = CHUNK / TILE;
+
+static_assert(CHUNK % TILE == 0, "tiles do not fit");
 
 // Copies to shared memory that go on in the background, until the thread waits for all of its own.
 __device__ __forceinline__ void copy_begin(float* to, const float* from) {
@@ -72,8 +72,8 @@ __device__ __forceinline__ void copies_end() {
 }
 
 // Which tokens a row has, among those of the tensors.
-struct Row {
-    i64 row, batch, first, length, chunk;
+struct Row : Sequence {
+    i64 chunk;
 
     __device__ __forceinline__ explicit Row(const Parameters& p) {
         row = blockIdx.y;
@@ -87,295 +87,23 @@ struct Row {
     }
 };
 
-__device__ __forceinline__ int rows_of(i64 left) {
-    return left < 0 ? 0 : left < TILE ? static_cast<int>(left) : TILE;
+__device__ __forceinline__ int first_channel() {
+    return (blockIdx.x * WARPS + __shfl_sync(~0u, threadIdx.x / 32, 0)) * SPAN;
 }
 
-// A lane's numbers of one token, as they lie in memory.
-template <int KIND>
-struct Raw {
-    u32 word[KIND == 0 ? PER_LANE : 1];
-
-    template <bool SURE>
-    __device__ __forceinline__ void load(const void* from, int count) {
+__device__ __forceinline__ Lane lane_of(const Parameters& p, const Row& row) {
+    Lane at(p, row, first_channel());
+    at.doubtful = false;
 #pragma unroll
-        for (u32& w : word) w = 0;
-        if (PER_LANE == 2 && WIDE) {
-            if (!SURE && count <= 0) return;
-            if (KIND == 0) {
-                uint2 both = *static_cast<const uint2*>(from);
-                word[0] = both.x, word[PER_LANE - 1] = both.y;
-            } else {
-                word[0] = *static_cast<const u32*>(from);
-            }
-            return;
-        }
-#pragma unroll
-        for (int c = 0; c < PER_LANE; c++) {
-            if (!SURE && c >= count) continue;
-            if (KIND == 0)
-                word[c] = static_cast<const u32*>(from)[c];
-            else
-                word[0] |= static_cast<u32>(static_cast<const u16*>(from)[c]) << 16 * c;
-        }
+    for (int c = 0; c < (FLOOR ? PER_LANE : 0); c++) {
+        at.floor[c] = c < at.count ? p.floor[row.row * p.floor_row + at.channel + c] : 0.0f;
+        if (!LIMITS) continue;
+        Limit limit = limit_of<1>(at.scale[c], at.floor[c], 0);
+        at.floor[c] = limit.low;
+        at.doubtful |= limit.doubtful();
     }
-    __device__ __forceinline__ float at(int c) const {
-        if (KIND == 0) return __uint_as_float(word[c]);
-        if (KIND == 1 && c) return __uint_as_float(word[0] & 0xffff0000u);
-        return widen<KIND>(c ? word[0] >> 16 : word[0] & 0xffffu);
-    }
-};
-
-template <int KIND, bool SURE>
-__device__ __forceinline__ void store(void* to, const float (&v)[PER_LANE], int count) {
-    if (PER_LANE == 2 && WIDE) {
-        if (!SURE && count <= 0) return;
-        if (KIND == 0)
-            *static_cast<float2*>(to) = make_float2(v[0], v[PER_LANE - 1]);
-        else
-            *static_cast<u32*>(to) = narrow<KIND == 1 ? 1 : 2>(v[0], v[PER_LANE - 1]);
-        return;
-    }
-#pragma unroll
-    for (int c = 0; c < PER_LANE; c++) {
-        if (!SURE && c >= count) continue;
-        if (KIND == 0)
-            static_cast<float*>(to)[c] = v[c];
-        else
-            static_cast<u16*>(to)[c] = static_cast<u16>(narrow<KIND == 1 ? 1 : 2>(v[c], 0.0f));
-    }
+    return at;
 }
-
-// Into the level-2 cache, sector by sector, the lanes by turns.
-template <int TOKENS, int SECTORS>
-__device__ __forceinline__ void ask_for(const char* from, i64 step, i64 tokens, int lane, int numbers,
-                                        int per_sector) {
-#pragma unroll
-    for (int i = 0; i < TOKENS * SECTORS; i += 32) {
-        int t = (i + lane) / SECTORS, sector = (i + lane) % SECTORS;
-        if (t < TOKENS && t < tokens && (EVEN || sector * per_sector < numbers))
-            prefetch(from + t * step + sector * 32);
-    }
-}
-
-// Where a lane's numbers of a tensor lie.
-template <int KIND, i64 TOKEN>
-struct Stream {
-    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
-    const char* from;  // of the row's first token
-
-    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first, int channel) {
-        from = static_cast<const char*>(base) + (row_at + first * TOKEN + channel) * BYTES<KIND>;
-    }
-    // Ask for TOKENS of the warp's rows, as far as they lie before `end`.
-    template <int TOKENS>
-    __device__ __forceinline__ void ask(i64 token, i64 end, int lane, int channel) const {
-        constexpr int PER_SECTOR = 32 / BYTES<KIND>;
-        ask_for<TOKENS, SPAN / PER_SECTOR>(from - lane * PER_LANE * BYTES<KIND> + token * STEP, STEP,
-                                           end - token, lane,
-                                           CHANNELS - channel + lane * PER_LANE, PER_SECTOR);
-    }
-    template <bool FULL>
-    __device__ __forceinline__ void load(Raw<KIND> (&to)[TILE], i64 token, int rows,
-                                         int count) const {
-        const char* here = from + token * STEP;
-#pragma unroll
-        for (int t = 0; t < TILE; t++)
-            to[t].template load<FULL && EVEN>(here + t * STEP, FULL || t < rows ? count : 0);
-    }
-};
-
-__device__ __forceinline__ void read_column(float (&to)[PER_LANE], const float* from) {
-    if (PER_LANE == 2) {
-        float2 v = *reinterpret_cast<const float2*>(from);
-        to[0] = v.x, to[PER_LANE - 1] = v.y;
-    } else {
-        to[0] = *from;
-    }
-}
-
-__device__ __forceinline__ void write_column(float* to, const float (&v)[PER_LANE]) {
-    if (PER_LANE == 2)
-        *reinterpret_cast<float2*>(to) = make_float2(v[0], v[PER_LANE - 1]);
-    else
-        *to = v[0];
-}
-
-__device__ __forceinline__ void read_square(float (&to)[TILE], const float* from) {
-#pragma unroll
-    for (int t = 0; t < TILE; t += 4) {
-        float4 v = *reinterpret_cast<const float4*>(from + t);
-        to[t] = v.x, to[t + 1] = v.y, to[t + 2] = v.z, to[t + 3] = v.w;
-    }
-}
-
-// B or C of a tile, on its way to shared memory.
-template <int KIND, i64 TOKEN>
-struct Projection {
-    static constexpr i64 STEP = TOKEN * BYTES<KIND>;
-    const char* from;
-    u32 number[LOADS];
-
-    __device__ __forceinline__ void place(const void* base, i64 row_at, i64 first) {
-        from = static_cast<const char*>(base) + (row_at + first * TOKEN) * BYTES<KIND>;
-    }
-    template <int TOKENS>
-    __device__ __forceinline__ void ask(i64 token, i64 end, int lane) const {
-        constexpr int SECTORS = (STATES * BYTES<KIND> + 31) / 32;
-        ask_for<TOKENS, SECTORS>(from + token * STEP, STEP, end - token, lane, STATES,
-                                 32 / BYTES<KIND>);
-    }
-    template <bool FULL>
-    __device__ __forceinline__ void load(i64 token, int rows, int lane) {
-        const char* here = from + token * STEP;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            int t = (lane + 32 * i) / STATES, n = (lane + 32 * i) % STATES;
-            const char* at = here + t * STEP + n * BYTES<KIND>;
-            number[i] = 0;
-            if ((!FULL && t >= rows) || t >= TILE) continue;
-            number[i] = KIND == 0 ? *reinterpret_cast<const u32*>(at)
-                                  : *reinterpret_cast<const u16*>(at);
-        }
-    }
-    __device__ __forceinline__ void spread(float* to, int lane) const {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            int t = (lane + 32 * i) / STATES, n = (lane + 32 * i) % STATES;
-            if (t < TILE) to[n * TILE + t] = widen<KIND>(number[i]);
-        }
-    }
-};
-
-// The forward compares what Δ is made of with a limit, and has a second loop for where that is
-// doubtful. The backward, whose loop needs all registers there are, compares Δ itself and decides
-// again what is close to its floor: that takes less there. Both freeze the same tokens.
-constexpr bool LIMITS = FLOOR && SOFTPLUS && !BACKWARD;
-
-// Which numbers of a tile are frozen, of those that are close to a limit.
-__device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
-                                   int rows, float limit, float second) {
-    u32 frozen = 0;
-#pragma unroll 1
-    for (int i = 0; i < rows * PER_LANE; i++) {
-        int t = i / PER_LANE, k = i % PER_LANE, d = channel + k;
-        if (d >= CHANNELS) continue;
-        float v = number_at<DELTA_KIND>(delta, t * DELTA_TOKEN + k);
-        if (HAS_BIAS) v += number_at<BIAS_KIND>(p.bias, d);
-        if (!close_above(k ? second : limit, v)) continue;
-        float scale = SCALE ? p.scale[row * p.scale_row + d] : 1.0f;
-        if (below_floor(v, scale, p.floor[row * p.floor_row + d])) frozen |= 1u << i;
-    }
-    return frozen;
-}
-
-// What a lane knows of its channels, and what both kernels make of Δ and x.
-struct Lane {
-    int lane, channel, count;  // the first of its channels, and how many of them exist
-    float bias[PER_LANE], scale[PER_LANE], skip[PER_LANE];
-    float floor[PER_LANE];  // or LIMITS: the limit before the softplus
-    bool doubtful;          // LIMITS: any of them
-    Stream<X_KIND, X_TOKEN> x;
-    Stream<DELTA_KIND, DELTA_TOKEN> delta;
-    Stream<Z_KIND, Z_TOKEN> z;
-    const u8* valid;
-    i64 valid_step;
-
-    __device__ __forceinline__ Lane(const Parameters& p, const Row& row) {
-        lane = threadIdx.x % 32;
-        int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-        channel = (blockIdx.x * WARPS + warp) * SPAN + lane * PER_LANE;
-        count = EVEN ? PER_LANE : max(0, min(PER_LANE, CHANNELS - channel));
-        x.place(p.x, row.batch * p.x_row, row.first, channel);
-        delta.place(p.delta, row.batch * p.delta_row, row.first, channel);
-        if (HAS_Z) z.place(p.z, row.batch * p.z_row, row.first, channel);
-        if (VALID) valid = p.valid + row.batch * p.valid_row;
-        valid_step = VALID ? p.valid_token : 0;
-#pragma unroll
-        for (int c = 0; c < PER_LANE; c++) {
-            int d = channel + c;
-            bool here = c < count;
-            bias[c] = HAS_BIAS && here ? number_at<BIAS_KIND>(p.bias, d) : 0.0f;
-            scale[c] = SCALE && here ? p.scale[row.row * p.scale_row + d] : 1.0f;
-            skip[c] = HAS_SKIP && here ? number_at<SKIP_KIND>(p.skip, d) : 0.0f;
-        }
-        if (FLOOR) find_limits(p, row);
-    }
-
-    // Whether there is a token t in the tile and it is no padding.
-    template <bool FULL>
-    __device__ __forceinline__ bool open(i64 token, int t, int rows) const {
-        return (FULL || t < rows) && (!VALID || valid[(token + t) * valid_step]);
-    }
-    __device__ __forceinline__ void find_limits(const Parameters& p, const Row& row) {
-        doubtful = false;
-#pragma unroll
-        for (int c = 0; c < PER_LANE; c++) {
-            floor[c] = c < count ? p.floor[row.row * p.floor_row + channel + c] : 0.0f;
-            if (!LIMITS) continue;
-            Limit limit = limit_of<1>(scale[c], floor[c], 0);
-            floor[c] = limit.low;
-            doubtful |= limit.doubtful();
-        }
-    }
-    // Δ, 0 where it is frozen; `near` if `decide` must see to it.
-    __device__ __forceinline__ float step_of(float v, int c, bool& near) const {
-        float step = SOFTPLUS ? softplus(v) : v;
-        if (SCALE) step *= scale[c];
-        if (!FLOOR) return step;
-        if (!LIMITS) near |= SOFTPLUS && fabsf(step - floor[c]) <= 1e-5f * fabsf(floor[c]);
-        return (LIMITS ? v : step) < floor[c] ? 0.0f : step;
-    }
-    // Whether a step that `make` made 0 was frozen. What softplus rounds to 0 has no slope, either.
-    __device__ __forceinline__ bool froze(float v, int c, float step) const {
-        if (!FLOOR) return false;
-        return SOFTPLUS ? step == 0.0f : v * scale[c] < floor[c];
-    }
-    // Δ and x of a tile; both 0 for padding, which can hold anything.
-    template <bool FULL>
-    __device__ __forceinline__ void make(float (&step)[PER_LANE][TILE],
-                                         float (&value)[PER_LANE][TILE],
-                                         const Raw<DELTA_KIND> (&raw)[TILE],
-                                         const Raw<X_KIND> (&x)[TILE], i64 token, int rows) const {
-        bool near = false;
-#pragma unroll
-        for (int t = 0; t < TILE; t++) {
-            bool is_open = open<FULL>(token, t, rows);
-#pragma unroll
-            for (int k = 0; k < PER_LANE; k++) {
-                step[k][t] = is_open ? step_of(raw[t].at(k) + bias[k], k, near) : 0.0f;
-                value[k][t] = VALID && !is_open ? 0.0f : x[t].at(k);
-            }
-        }
-        if (near) decide<FULL>(step, raw, token, rows);
-    }
-    // Freeze what torch would freeze.
-    template <bool FULL>
-    __device__ __forceinline__ void decide(float (&step)[PER_LANE][TILE],
-                                           const Raw<DELTA_KIND> (&raw)[TILE], i64 token,
-                                           int rows) const {
-#pragma unroll
-        for (int t = 0; t < TILE; t++)
-#pragma unroll
-            for (int k = 0; k < PER_LANE; k++) {
-                if (!open<FULL>(token, t, rows)) continue;
-                float v = raw[t].at(k) + bias[k], exact = softplus(v);
-                if (SCALE) exact *= scale[k];
-                step[k][t] = below_floor(v, scale[k], floor[k]) ? 0.0f : exact;
-            }
-    }
-    // The same in a forward with doubtful limits.
-    __device__ __forceinline__ void settle_tile(float (&step)[PER_LANE][TILE], const Parameters& p,
-                                                i64 row, i64 token, int rows) const {
-        u32 frozen = settle(p, row, channel, delta.from + token * delta.STEP, rows, floor[0],
-                            floor[PER_LANE - 1]);
-#pragma unroll
-        for (int t = 0; t < TILE; t++)
-#pragma unroll
-            for (int k = 0; k < PER_LANE; k++)
-                if (frozen >> (t * PER_LANE + k) & 1) step[k][t] = 0.0f;
-    }
-};
 
 // The rates of a lane's channels, for exp2, into its columns.
 __device__ __forceinline__ void place_rates(float* to, const Parameters& p, const Lane& at,
@@ -424,7 +152,7 @@ struct Forward {
     char* y;
 
     __device__ __forceinline__ Forward(const Parameters& given, float* shared)
-        : p(given), row(given), at(given, row) {
+        : p(given), row(given), at(lane_of(given, row)) {
         A = shared + at.lane * PER_LANE;
         h = A + COLUMNS;
         B = shared + 2 * COLUMNS;
@@ -580,7 +308,7 @@ struct Backward {
     float dskip[PER_LANE], dbias[PER_LANE];
 
     __device__ __forceinline__ Backward(const Parameters& given, float* shared)
-        : p(given), row(given), at(given, row) {
+        : p(given), row(given), at(lane_of(given, row)) {
         warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
         float* mine = shared + warp * WARP_SHARED;
         A = mine + at.lane * PER_LANE;

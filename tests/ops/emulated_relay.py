@@ -1,0 +1,95 @@
+"""relay.cu on the CPU, as emulated_cuda.py does it for forward.cu; clusters block beside block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.ops.emulated_cuda import EmulatedKernel, compiled
+from widefield.ops import _nvrtc
+
+_HEADER = Path(__file__).with_name("emulated_cuda.h")
+_REPLACED = (
+    "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
+    "prefetch", "shared_at", "shared_of", "rank_of_block", "meet", "look", "hand", "look_up",
+    "announce", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
+)  # fmt: skip
+# An address in shared memory is an offset from the first block's.
+_EMULATED = """
+typedef unsigned long long u64_;
+static unsigned shared_at(const void* generic) {
+    return static_cast<const char*>(generic) - reinterpret_cast<char*>(emulated_shared);
+}
+static unsigned shared_of(unsigned block, unsigned address) {
+    return address + (block - rank_of_fiber()) * 4 * (unsigned)block_shared;
+}
+static unsigned rank_of_block() { return rank_of_fiber(); }
+static void meet() { meet_cluster(); }
+static char* at_address(unsigned address) {
+    return reinterpret_cast<char*>(emulated_shared) + address;
+}
+static u64_ look(unsigned from) { return *reinterpret_cast<u64_*>(at_address(from)); }
+static void hand(unsigned to, float state, unsigned tag) {
+    *reinterpret_cast<u64_*>(at_address(to)) = (u64_)tag << 32 | __float_as_uint(state);
+    idle = 0;
+}
+static unsigned look_up(unsigned from) { return *reinterpret_cast<unsigned*>(at_address(from)); }
+static void announce(unsigned to, unsigned v) {
+    *reinterpret_cast<unsigned*>(at_address(to)) = v;
+    idle = 0;
+}
+static void let_others() { give_way(); }
+static void copy16(char* to, const char* from, int count) {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, count);
+}
+static void copies_commit() {}
+static void copies_wait() {}
+static float opaque(float v) { return v; }
+static void prefetch(const void*) {}
+static unsigned pack_bfloat16(float low, float high) {
+    return rounded(low, true) | rounded(high, true) << 16;
+}
+static unsigned pack_half(float low, float high) {
+    return rounded(low, false) | rounded(high, false) << 16;
+}
+"""
+
+
+def build(
+    source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
+) -> EmulatedKernel:
+    """Compile a kernel for the CPU; the same source and macros are compiled once."""
+    code = _translated(_nvrtc.source_of(source), name, threads, shared)
+    return compiled(code, macros, folder, optimise="-O1")
+
+
+def _translated(source: str, name: str, threads: int, shared: int) -> str:
+    for function in _REPLACED:
+        source, count = re.subn(
+            rf"__device__ __forceinline__ [\w ]+ {function}\(.*?\}}\n(?=\S|\n)",
+            "",
+            source,
+            flags=re.S,
+            count=1,
+        )
+        assert count == 1, function
+    source = source.replace(
+        "extern __shared__ __align__(16) char buffers[];",
+        "char* buffers = at_address(4 * rank_of_fiber() * block_shared);",
+    )
+    return f"""#include "{_HEADER.name}"
+{_EMULATED}
+{source}
+static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
+extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{
+    emulated_body = body, emulated_parameters = parameters;
+    for (unsigned y = 0; y < rows; y++)
+        for (unsigned x = 0; x < columns; x += CLUSTER) {{
+            blockIdx = {{x, y, 0}};
+            if (run_block({threads}, {shared}, CLUSTER)) return 1;
+        }}
+    return 0;
+}}
+"""

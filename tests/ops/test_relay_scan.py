@@ -1,0 +1,280 @@
+"""The scan in CUDA C++ whose warps hand the states on: on a GPU, else in the emulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import emulated_cuda, emulated_relay
+from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from tests.ops.test_wide_scan import Options, bare, error, everything, moved, packed, usual
+from widefield.ops import _nvrtc
+from widefield.ops.selective_scan import _calls, native, reference, relay
+from widefield.ops.selective_scan._packed import by_sequence
+from widefield.plan import LayerPlan, ScanInputs
+
+ON_GPU = torch.cuda.is_available() and _nvrtc.available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
+HAS_CLUSTERS = not ON_GPU or torch.cuda.get_device_capability() >= (9, 0)
+
+SMALL = relay.Layout(groups=1, cluster=1, warps=2, tile=4)
+LAYOUTS = [
+    SMALL,
+    relay.Layout(groups=3, cluster=1, warps=3, tile=8),
+    relay.Layout(groups=2, cluster=1, warps=2, columns=32, tile=4),
+    relay.Layout(groups=1, cluster=1, warps=2, columns=8, tile=4),
+]
+IN_CLUSTERS = [
+    relay.Layout(groups=1, cluster=2, warps=2, tile=4),
+    relay.Layout(groups=3, cluster=2, warps=2, tile=16),
+]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, or the emulator where there is none."""
+    if ON_GPU:
+        return
+    if emulated_cuda.compiler() is None:
+        pytest.skip("needs a GPU or a C++ compiler")
+    monkeypatch.setattr(_nvrtc, "build", partial(emulated_relay.build, folder=compiled))
+    relay._kernel.cache_clear()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def scan(
+    inputs: ScanInputs, plan: LayerPlan, layout: relay.Layout | None = None
+) -> tuple[Tensor, Tensor]:
+    if ON_GPU:
+        assert relay.supports(inputs)
+        return relay.selective_scan(inputs, plan, layout)
+    tensors = _calls.readable(_calls.read(inputs, plan))
+    return _calls.run(relay.launch_of(tensors, inputs.delta_softplus, layout or SMALL), tensors)
+
+
+def exact(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
+    return reference.selective_scan(*in_float64(inputs, plan))
+
+
+def check(inputs: ScanInputs, plan: LayerPlan, layout: relay.Layout | None = None) -> None:
+    """At most twice as far from float64 as the reference in the same dtype, on the same device."""
+    inputs, plan = moved(inputs, DEVICE), plan.to(DEVICE)
+    sides = inputs.cu_seqlens is not None
+    truth = by_sequence(exact, inputs, plan) if sides else exact(inputs, plan)
+    near = reference.selective_scan(inputs, plan)
+    found = scan(inputs, plan, layout)
+    for name, value, same, right in zip(("y", "state"), found, near, truth, strict=True):
+        assert value.dtype == same.dtype and value.shape == same.shape
+        assert error(value, right) <= 2 * error(same, right) + 3e-7, name
+
+
+@pytest.mark.usefixtures("machine", "poisoned")
+class TestAnywhere:
+    """The kernel on a GPU, else its source in the emulator."""
+
+    @pytest.mark.parametrize("length", [1, 33, 150])
+    @pytest.mark.parametrize(
+        ("options", "dtype", "channels"),
+        [
+            (bare, torch.float16, 37),
+            (usual, torch.bfloat16, 48),
+            (everything, torch.float32, 40),
+            (packed, torch.bfloat16, 24),
+        ],
+    )
+    def test_is_as_exact_as_the_reference(
+        self, length: int, options: Options, dtype: torch.dtype, channels: int
+    ) -> None:
+        check(*options(scan_inputs(2, length, channels, dtype=dtype)))
+
+    @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_layout_is_as_exact_as_the_reference(
+        self, layout: relay.Layout, dtype: torch.dtype
+    ) -> None:
+        if layout.cluster > 1 and not HAS_CLUSTERS:
+            pytest.skip("needs clusters of blocks")
+        check(*everything(scan_inputs(1, 170, 112, dtype=dtype)), layout)
+        check(*packed(scan_inputs(1, 170, 112, dtype=dtype)), layout)
+
+    @pytest.mark.parametrize("states", [1, 8, 24, 32])
+    def test_other_numbers_of_states(self, states: int) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            check(*everything(scan_inputs(2, 70, 32, states, dtype=dtype)))
+
+    @pytest.mark.parametrize("delta", DELTAS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_no_step_is_too_small_or_too_large(self, delta: str, dtype: torch.dtype) -> None:
+        check(scan_inputs(1, 100, 24, delta=delta, dtype=dtype), LayerPlan())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_nan_in_a_step_shows(self, dtype: torch.dtype) -> None:
+        inputs = moved(scan_inputs(1, 64, 32, dtype=dtype), DEVICE)
+        inputs.delta[0, 10, 5] = torch.nan
+        y, state = scan(inputs, LayerPlan())
+        assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
+        assert not y[0, :10].isnan().any() and not y[0, :, 6].isnan().any()
+
+    def test_padding_may_hold_anything(self) -> None:
+        inputs, plan = everything(scan_inputs(1, 70, 32))
+        inputs, plan = moved(inputs, DEVICE), plan.to(DEVICE)
+        expected = scan(inputs, plan)
+        assert inputs.valid is not None
+        inputs.x[~inputs.valid] = torch.nan
+        inputs.delta[~inputs.valid] = torch.inf
+        found = scan(inputs, plan)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_going_on_from_a_state_is_the_same_to_the_bit(self, dtype: torch.dtype) -> None:
+        """Where a sequence is cut between pieces."""
+        inputs = moved(scan_inputs(1, 96, 32, dtype=dtype), DEVICE)
+        y, state = scan(inputs, LayerPlan())
+        parts, before = [], inputs.initial_state
+        for part in (slice(0, 64), slice(64, 96)):
+            cut = {name: getattr(inputs, name)[:, part] for name in ("x", "delta", "B", "C", "z")}
+            one, before = scan(inputs.replace(**cut, initial_state=before), LayerPlan())
+            parts.append(one)
+        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
+
+    def test_rows_that_do_not_lie_evenly_are_read_one_number_at_a_time(self) -> None:
+        wide = scan_inputs(1, 60, 33, dtype=torch.bfloat16)
+        cut = {name: getattr(wide, name)[..., 1:33] for name in ("x", "z", "delta")}
+        cut |= {name: getattr(wide, name)[1:] for name in ("A", "D", "delta_bias")}
+        assert wide.initial_state is not None
+        check(wide.replace(**cut, initial_state=wide.initial_state[:, 1:]), LayerPlan())
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS, None], ids=str)
+    @pytest.mark.parametrize("length", [1, 63, 1000, 3000])
+    def test_all_layouts_take_all_options(self, length: int, layout: relay.Layout | None) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for options in (bare, usual, everything, packed):
+                check(*options(scan_inputs(2, length, 100, dtype=dtype)), layout)
+
+    @pytest.mark.parametrize("channels", [512, 1536, 2048, 2560])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_the_chosen_layout_is_as_exact_as_the_reference(
+        self, channels: int, dtype: torch.dtype
+    ) -> None:
+        check(*usual(scan_inputs(1, 1500, channels, dtype=dtype)))
+
+    @pytest.mark.parametrize("states", [32, 64])
+    def test_many_states(self, states: int) -> None:
+        check(*everything(scan_inputs(1, 1000, 64, states, dtype=torch.bfloat16)))
+
+    @pytest.mark.parametrize("length", [65_537, 1_048_577])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("cluster", [1, 2])
+    def test_is_right_past_65536_tokens(
+        self, length: int, dtype: torch.dtype, cluster: int
+    ) -> None:
+        from widefield.ops.selective_scan import cpu
+
+        inputs = scan_inputs(1, length, 24, dtype=dtype)
+        wide = {name: getattr(inputs, name).float() for name in ("x", "delta", "B", "C", "z")}
+        truth = cpu.selective_scan(inputs.replace(**wide))
+        layout = relay.Layout(groups=2, cluster=cluster, warps=12)
+        y, state = relay.selective_scan(moved(inputs, "cuda"), LayerPlan(), layout)
+        rounding = error(truth[0].to(dtype), truth[0].double())
+        assert error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
+        assert error(state.cpu(), truth[1].double()) < 1e-5
+
+    @pytest.mark.parametrize("cluster", [1, 2])
+    def test_is_right_past_two_to_the_31_elements(self, cluster: int) -> None:
+        length, channels, last = 1_100_000, 2048, 2000
+        small = scan_inputs(1, 8, channels, dtype=torch.bfloat16)
+        x = torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16)
+        B = torch.randn(1, length, 16, device="cuda", dtype=torch.bfloat16)
+        inputs = moved(small, "cuda").replace(
+            x=x, z=x, delta=x - 1, B=B, C=B.flip(1), initial_state=None
+        )
+        y, state = relay.selective_scan(inputs, LayerPlan(), relay.Layout(cluster, cluster))
+        ends = {name: getattr(inputs, name)[:, -last:] for name in ("x", "z", "delta", "B", "C")}
+        expected = reference.selective_scan(inputs.replace(**ends))
+        assert error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3
+        assert error(state, expected[1].double()) < 1e-5
+        assert not y.isnan().any()
+
+    def test_the_same_call_gives_the_same_bits(self) -> None:
+        inputs = moved(scan_inputs(1, 20_000, 2560, dtype=torch.bfloat16), "cuda")
+        first = relay.selective_scan(inputs, LayerPlan())
+        for _ in range(5):
+            again = relay.selective_scan(inputs, LayerPlan())
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize(("channels", "expected"), [(512, native), (2560, relay)])
+    def test_the_faster_of_the_two_kernels_runs(self, channels: int, expected: object) -> None:
+        from widefield.ops.selective_scan import cuda
+
+        inputs = moved(scan_inputs(1, 64, channels, dtype=torch.bfloat16), "cuda")
+        with torch.no_grad():
+            assert cuda._chosen(inputs) is expected
+
+    def test_a_kept_launch_gives_the_same(self) -> None:
+        inputs = moved(scan_inputs(1, 200, 64, dtype=torch.bfloat16), "cuda")
+        first = relay.selective_scan(inputs, LayerPlan(), keep=True)
+        again = _calls.again(inputs, LayerPlan())
+        assert again is not None
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_cpu_tensor_is_not_supported() -> None:
+    assert not relay.supports(scan_inputs(1, 10, 8))
+
+
+def test_the_struct_is_the_one_of_the_kernel() -> None:
+    source = relay._SOURCE.read_text("utf-8")
+    found = re.search(r"struct Parameters \{(.*?)\n\};", source, re.DOTALL)
+    assert found is not None
+    code = re.sub(r"//.*", "", found[1])
+    names = re.findall(r"\*?(\w+)(?=[,;])", code)
+    assert names == [field[0] for field in relay._Parameters._fields_]
+
+
+@pytest.mark.parametrize(
+    ("channels", "narrow", "expected"),
+    [
+        (2048, True, relay.Layout(1, 1, 16)),
+        (2048, False, relay.Layout(1, 1, 12)),
+        (1024, True, relay.Layout(1, 2, 16)),
+        (4096, True, relay.Layout(2, 1, 16)),
+        (3072, True, relay.Layout(3, 2, 16)),
+        (8192, True, relay.Layout(4, 1, 16)),
+    ],
+)
+def test_a_layout_keeps_all_multiprocessors_busy(
+    channels: int, narrow: bool, expected: relay.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=232_448, major=9
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    layout = relay.layout_of.__wrapped__(0, 1, channels, 16, (int(narrow),) * 5, True)
+    assert layout == expected
+    alone = dataclasses.replace(layout, cluster=1)
+    assert alone.shared_bytes(16, (int(narrow),) * 5, True) <= 232_448
