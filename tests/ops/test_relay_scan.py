@@ -170,18 +170,25 @@ class TestOnGpu:
     pytestmark = gpu
 
     @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS, None], ids=str)
-    @pytest.mark.parametrize("length", [1, 63, 1000, 3000])
+    @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS, None], ids=str)
+    @pytest.mark.parametrize("length", [1, 63, 1000])
     def test_all_layouts_take_all_options(self, length: int, layout: relay.Layout | None) -> None:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for options in (bare, usual, everything, packed):
-                check(*options(scan_inputs(2, length, 100, dtype=dtype)), layout)
+        if layout and layout.cluster > 1 and not HAS_CLUSTERS:
+            pytest.skip("needs clusters of blocks")
+        for dtype, options in (
+            (torch.bfloat16, usual),
+            (torch.bfloat16, packed),
+            (torch.float32, everything),
+            (torch.float16, bare),
+        ):
+            check(*options(scan_inputs(2, length, 100, dtype=dtype)), layout)
 
     @pytest.mark.parametrize("channels", [512, 1536, 2048, 2560])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_the_chosen_layout_is_as_exact_as_the_reference(
         self, channels: int, dtype: torch.dtype
     ) -> None:
-        check(*usual(scan_inputs(1, 1500, channels, dtype=dtype)))
+        check(*usual(scan_inputs(1, 700, channels, dtype=dtype)))
 
     @pytest.mark.parametrize("states", [32, 64])
     def test_many_states(self, states: int) -> None:
