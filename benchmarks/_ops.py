@@ -273,7 +273,7 @@ def _sides(run: Run, backends: Sequence[str], peer: Side | None, package: str) -
 
 
 def all_ops(backends: Sequence[str]) -> list[Op]:
-    """Every op at the shapes of Mamba-130m, Mamba2-130m, Mamba2-2.7b and Nemotron-H-8b.
+    """Every op at the shapes of Mamba-130m and -2.8b, Mamba2-130m and -2.7b and Nemotron-H-8b.
 
     Args:
         backends: "default" for the one that the op chooses, or names of `ops.use_backend`.
@@ -290,7 +290,10 @@ Trained = Mapping[str, tuple[int, int]]
 
 def _scans(backends: Sequence[str]) -> list[Op]:
     wide = _scan_of("scan", 1536, torch.bfloat16, {"": (2048, 64)}, backends)
-    return wide + _scan_of("scan-512", 512, torch.float32, {"": (1024, 128)}, backends)
+    narrow = _scan_of("scan-512", 512, torch.float32, {"": (1024, 128)}, backends)
+    wider = _scan_of("scan-5120", 5120, torch.bfloat16, {}, backends)
+    # mamba-ssm counts elements in 32 bits: no more of them than it can.
+    return wide + narrow + [replace(op, lengths=LONG[:2]) for op in wider]
 
 
 def _scan_of(

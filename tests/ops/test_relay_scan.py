@@ -170,7 +170,6 @@ class TestOnGpu:
     pytestmark = gpu
 
     @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS, None], ids=str)
-    @pytest.mark.parametrize("layout", [*LAYOUTS, *IN_CLUSTERS, None], ids=str)
     @pytest.mark.parametrize("length", [1, 63, 1000])
     def test_all_layouts_take_all_options(self, length: int, layout: relay.Layout | None) -> None:
         if layout and layout.cluster > 1 and not HAS_CLUSTERS:

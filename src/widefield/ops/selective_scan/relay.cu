@@ -494,7 +494,7 @@ struct Runner {
         Baton baton = begin(piece, round);
         const float* rates = shared.rates + piece.group * FIELD + column;
         const float *b_from = mine.B[tile][0], *c_from = mine.C[tile][0];
-#pragma unroll 2
+#pragma unroll 4
         for (int n = 0; n < STATES; n++) {
             u64 given = look(baton.from);
             float rate = rates[n * COLUMNS], b[TILE], c[TILE], decay[TILE], write[TILE];
