@@ -448,9 +448,11 @@ __device__ __forceinline__ void write_step(Shared to, float step, float written)
 }
 
 constexpr bool LIMITS = FLOOR && SOFTPLUS;
+// With a floor, producers of paired steps have no registers left for their channels' biases.
+constexpr bool BIASES_SHARED = PAIRED && FLOOR && HAS_BIAS;
 
 // The limits of the block's channels: first all low, then all high ones. Where there is no softplus,
-// they are the floors.
+// they are the floors. Behind them lie the biases, if they are shared.
 __device__ __forceinline__ void find_limits(const Parameters& p, i64 row, int first_channel,
                                             int warp, int lane, Shared to) {
     for (int c = warp; c < CHANNELS; c += WARPS) {
@@ -460,6 +462,7 @@ __device__ __forceinline__ void find_limits(const Parameters& p, i64 row, int fi
         Limit limit = LIMITS ? limit_of<32>(scale, floor, lane) : Limit{floor, floor};
         write1(to + c, limit.low);
         write1(to + (CHANNELS + c), limit.high);
+        if (BIASES_SHARED) write1(to + (2 * CHANNELS + c), number_at<BIAS_KIND>(p.bias, d));
     }
 }
 
@@ -531,12 +534,14 @@ struct Producer {
         bool close = false;
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            float low[4], high[4];
+            float low[4], high[4], added[4];
             if (FLOOR) read4(low, limits + at.channel(i));
+            if (BIASES_SHARED) read4(added, limits + (2 * CHANNELS + at.channel(i)));
             if (DOUBTS) read4(high, limits + (CHANNELS + at.channel(i)));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                float v = delta[i].at(k) + bias[i][k], step = step_of(v, i, k, low[k]);
+                float v = delta[i].at(k) + (BIASES_SHARED ? added[k] : bias[i][k]);
+                float step = step_of(v, i, k, low[k]);
                 if (DOUBTS) close |= Limit{low[k], high[k]}.doubts(v);
                 step = valid.open<WHOLE>(i) ? step : 0.0f;
                 // A row that does not exist was read as zeros; padding can be anything.
@@ -1269,7 +1274,7 @@ static_assert(!TENSOR || (STATES == 16 && GROUP == 8 && X_KIND == 1 && B_KIND ==
 static_assert(TURNS == 1 || (TENSOR && TURNS % 2 == 0 && CONSUMERS * TURNS < 16),
               "turns do not fit");
 static_assert(TURNS / 2 < SLOTS, "a warp's last tile would be in the way of its next one");
-static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + (HANDED + 2 * CHANNELS) * 4,
+static_assert(SHARED == SLOTS * (BUFFER * 4 + 3 * 8) + (HANDED + 3 * CHANNELS) * 4,
               "the launch has another size of shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)

@@ -78,7 +78,7 @@ class Layout:
             sums = part * (1 if self.stages == 3 else self.group >> self.stages)
         handed = 64 * self.consumers * self.turns if self.turns > 1 else 0
         buffers = self.slots * (4 * (steps + projections + sums) + 24)
-        return buffers + 4 * handed + 8 * self.channels
+        return buffers + 4 * handed + 12 * self.channels
 
 
 # By the quads of channels of a block; chosen by measurement, see benchmarks/LOG.md.
