@@ -295,7 +295,7 @@ class TestOnGpu:
 
         calls = []
         monkeypatch.setattr(native, "selective_scan", lambda *given, **_: calls.append(given))
-        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        inputs = _moved(scan_inputs(1, 20, 512, dtype=torch.bfloat16), "cuda")
         inputs.x.requires_grad_()
         cuda.selective_scan(inputs)[0].sum().backward()
         assert inputs.x.grad is not None and not calls
