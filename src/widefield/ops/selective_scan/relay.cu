@@ -86,16 +86,19 @@ __device__ __forceinline__ void meet() {
     __syncthreads();
 #endif
 }
+// As all of the cluster sees it: in shared memory of any block, and of this one.
 #if CLUSTER > 1
 #define RELAXED "relaxed.cluster.shared::cluster"
+#define RELAXED_HERE "relaxed.cluster.shared::cta"
 #else
 #define RELAXED "relaxed.cta.shared"
+#define RELAXED_HERE RELAXED
 #endif
 
 // A state and its tag, read and written at once.
 __device__ __forceinline__ u64 look(u32 from) {
     u64 both;
-    asm volatile("ld.relaxed.cta.shared.b64 %0, [%1];" : "=l"(both) : "r"(from));
+    asm volatile("ld." RELAXED_HERE ".b64 %0, [%1];" : "=l"(both) : "r"(from));
     return both;
 }
 __device__ __forceinline__ void hand(u32 to, float state, u32 tag) {
@@ -113,7 +116,7 @@ __device__ __forceinline__ u32 look_up(u32 from) {
     return v;
 }
 __device__ __forceinline__ void announce(u32 to, u32 v) {
-    asm volatile("st.relaxed.cta.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+    asm volatile("st." RELAXED_HERE ".b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 // Whoever waits calls this in the loop.
 __device__ __forceinline__ void let_others() {}
