@@ -35,7 +35,7 @@ def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     if ON_GPU:
         return native.selective_scan(inputs, plan)[0]
     call = native._Call(inputs, plan)
-    table = native._LAYOUTS if call.layouts(16) == "exact" else native._TENSOR
+    table = native._LAYOUTS if native._kind(call.tensors) == "exact" else native._TENSOR
     return call.run(table[3])[0]
 
 

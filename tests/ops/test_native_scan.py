@@ -49,7 +49,7 @@ def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = No
         assert native.supports(inputs)
         return native.selective_scan(inputs, plan, layout)
     call = native._Call(inputs, plan)
-    table = native._LAYOUTS if call.layouts(inputs.A.shape[1]) == "exact" else native._TENSOR
+    table = native._LAYOUTS if native._kind(call.tensors) == "exact" else native._TENSOR
     return call.run(layout or table[3])[:2]
 
 

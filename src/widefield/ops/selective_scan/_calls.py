@@ -28,6 +28,7 @@ __all__ = [
     "read",
     "readable",
     "run",
+    "size",
 ]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -53,6 +54,12 @@ def read(inputs: ScanInputs, plan: LayerPlan) -> Given:
         plan.delta_floor, plan.delta_scale, plan.decay_scale, inputs.initial_state, inputs.valid,
         inputs.cu_seqlens,
     )  # fmt: skip
+
+
+def size(tensors: Given) -> tuple[int, int, int]:
+    """How many rows, or sequences side by side, channels and states there are."""
+    x, A, ends = tensors[0], tensors[7], tensors[13]
+    return x.shape[0] if ends is None else len(ends) - 1, *A.shape
 
 
 def readable(given: Given) -> Given:

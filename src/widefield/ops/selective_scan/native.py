@@ -161,13 +161,20 @@ def selective_scan(
 
 def time_of(inputs: ScanInputs) -> float:
     """Milliseconds that this forward would take for 65,536 tokens on an H200, roughly."""
-    call = _Call(inputs, LayerPlan())
-    rows, channels, states = call.size()
-    kind = call.layouts(states)
+    tensors = _calls.read(inputs, LayerPlan())
+    rows, channels, states = _calls.size(tensors)
+    kind = _kind(tensors)
     layout = _layout(inputs.x.device.index, rows, channels, states, kind)
     at_once = torch.cuda.get_device_properties(inputs.x.device.index).multi_processor_count
     waves = -(-rows * -(-channels // layout.channels) // at_once)
     return waves * _TIMES[kind][layout.channels] * states / 16
+
+
+def _kind(tensors: _calls.Given) -> str:
+    """Which layouts there are: on tensor cores, where sums rounded to bfloat16 are enough."""
+    x, _, B, C, *_ = tensors
+    brief = all(t.dtype == torch.bfloat16 for t in (x, B, C))
+    return "brief" if brief and B.shape[2] == 16 else "exact"
 
 
 class _Call:
@@ -178,28 +185,16 @@ class _Call:
         self.tensors = _calls.readable(self.given)
         self.softplus = inputs.delta_softplus
 
-    def size(self) -> tuple[int, int, int]:
-        """Rows, channels, states."""
-        ends = self.tensors[13]
-        rows = self.tensors[0].shape[0] if ends is None else len(ends) - 1
-        return rows, *self.tensors[7].shape
-
     def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
         return _calls.run(self.launch(layout), self.tensors)
 
     def launch(self, layout: Layout | None) -> _calls.Launch:
-        rows, channels, states = self.size()
+        rows, channels, states = _calls.size(self.tensors)
         device = self.tensors[0].device.index
         if layout is None:
-            layout = _layout(device, rows, channels, states, self.layouts(states))
+            layout = _layout(device, rows, channels, states, _kind(self.tensors))
         kernel = _kernel(device, layout, states, self.kinds(), self.flags(), self.ends_kind())
         return kernel, (-(-channels // layout.channels), rows, 1), self.rest()
-
-    def layouts(self, states: int) -> str:
-        """Which layouts there are: on tensor cores, where sums rounded to bfloat16 are enough."""
-        x, _, B, C, *_ = self.tensors
-        brief = all(t.dtype == torch.bfloat16 for t in (x, B, C))
-        return "brief" if brief and states == 16 else "exact"
 
     def kinds(self) -> tuple[int, ...]:
         return tuple(0 if t is None else _calls.KINDS[t.dtype] for t in self.tensors[:7])

@@ -131,7 +131,7 @@ def selective_scan(
 def time_of(inputs: ScanInputs) -> float:
     """Milliseconds that this forward would take for 65,536 tokens on an H200, roughly."""
     tensors = _calls.read(inputs, LayerPlan())
-    rows, channels, states = _size(tensors)
+    rows, channels, states = _calls.size(tensors)
     layout = layout_of(inputs.x.device.index, rows, channels, states, *_narrow(tensors))
     chip = torch.cuda.get_device_properties(inputs.x.device.index)
     return _time(layout, rows, channels, chip.multi_processor_count) * states / 16
@@ -140,7 +140,7 @@ def time_of(inputs: ScanInputs) -> float:
 def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> _calls.Launch:
     """What to launch for tensors that the kernel can read."""
     x, delta, B, C, z, _, _, _, floor, scale, decay, _, valid, _ = tensors
-    rows, channels, states = _size(tensors)
+    rows, channels, states = _calls.size(tensors)
     device = x.device.index
     layout = layout or layout_of(device, rows, channels, states, *_narrow(tensors))
     strided = (x, delta, B, C, z, valid)
@@ -155,12 +155,6 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     kernel = _kernel(device, layout, states, kinds, _flags(tensors, softplus))
     grid = (layout.cluster * -(-channels // layout.channels), rows, 1)
     return kernel, grid, bytes(parameters)[_Parameters.x_row.offset :]
-
-
-def _size(tensors: _calls.Given) -> tuple[int, int, int]:
-    """Rows, channels, states."""
-    x, A, ends = tensors[0], tensors[7], tensors[13]
-    return x.shape[0] if ends is None else len(ends) - 1, *A.shape
 
 
 def _narrow(tensors: _calls.Given) -> tuple[tuple[int, ...], bool]:
