@@ -62,7 +62,7 @@ def build(
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
     code = _translated(_nvrtc.source_of(source), name, threads, shared)
-    return compiled(code, macros, folder, optimise="-O1")
+    return compiled(code, macros, folder, optimise="-O0")
 
 
 def _translated(source: str, name: str, threads: int, shared: int) -> str:
