@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from widefield.ops.ssd import chunked
 from widefield.plan import LayerPlan, ScanInputs, SSDInputs
 
 Inputs = TypeVar("Inputs", ScanInputs, SSDInputs)
+Options = Callable[[ScanInputs], tuple[ScanInputs, LayerPlan]]
 
 DELTAS = ("random", "tiny", "huge", "absurd", "zero", "heavy tails", "constant")
 
@@ -126,3 +128,59 @@ def ssd_condition(exact: SSDInputs, plan: LayerPlan | None) -> tuple[Tensor, Ten
     names = ("x", "B", "C", "D", "initial_state")
     sizes = {n: v.abs() for n in names if (v := getattr(exact, n)) is not None}
     return chunked.ssd(exact.replace(**sizes), plan)
+
+
+def bare(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Nothing that can be left out."""
+    none = {"D": None, "z": None, "delta_bias": None, "initial_state": None}
+    return inputs.replace(**none, delta_softplus=False, delta=inputs.delta.abs()), LayerPlan()
+
+
+def usual(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    return inputs, LayerPlan()
+
+
+def everything(inputs: ScanInputs, floor: float = 0.1) -> tuple[ScanInputs, LayerPlan]:
+    """Padding, and a plan with all that a scan can be asked for, floors up to `floor`."""
+    batch, length, channels = inputs.x.shape
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[0, : length // 3] = False
+    plan = LayerPlan(
+        delta_floor=torch.rand(channels) * floor,
+        delta_scale=torch.rand(batch, channels) + 0.5,
+        decay_scale=torch.rand(channels) + 0.5,
+    )
+    return inputs.replace(valid=valid), plan
+
+
+def packed(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
+    """Sequences of several lengths in one row, some of them empty."""
+    length, channels = inputs.x.shape[1:]
+    ends = sorted([0, 0, length // 5, (length + 4) // 5, length // 2, length, length])
+    plan = LayerPlan(
+        delta_floor=torch.rand(len(ends) - 1, channels) * 0.1,
+        decay_scale=torch.rand(len(ends) - 1, channels) + 0.5,
+    )
+    state = torch.randn(len(ends) - 1, channels, inputs.A.shape[1])
+    first = {name: getattr(inputs, name)[:1] for name in ("x", "delta", "B", "C", "z")}
+    ends = torch.tensor(ends, dtype=torch.int32)
+    return inputs.replace(**first, initial_state=state, cu_seqlens=ends), plan
+
+
+def moved(inputs: ScanInputs, device: str) -> ScanInputs:
+    """On a device, the large tensors as views of wider ones."""
+    changes = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        if value.ndim == 3 and field.name in ("x", "z", "B", "C"):
+            wide = torch.cat([value, value], dim=-1).to(device)
+            changes[field.name] = wide[..., : value.shape[-1]]
+        else:
+            changes[field.name] = value.to(device)
+    return inputs.replace(**changes)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))

@@ -140,6 +140,12 @@ static unsigned rounded(float v, bool bfloat) {
     unsigned bits = __float_as_uint(v);
     return std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+static unsigned pack_bfloat16(float low, float high) {
+    return rounded(low, true) | rounded(high, true) << 16;
+}
+static unsigned pack_half(float low, float high) {
+    return rounded(low, false) | rounded(high, false) << 16;
+}
 
 // A product of 16 x 8 and 8 x 8 numbers of TF32: floats whose last 13 bits do not count. A lane gives
 // four of the first and two of the second.

@@ -7,27 +7,21 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from widefield.ops import _nvrtc
 
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
-_REPLACED = (
+NUMBERS = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "read2", "read4", "write1", "write2", "write4",
+)  # fmt: skip
+_REPLACED = (
+    *NUMBERS, "read2", "read4", "write1", "write2", "write4",
     "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply", "load_matrices",
     "pair_arrive", "pair_wait",
 )  # fmt: skip
-_EMULATED = """
-static unsigned pack_bfloat16(float low, float high) {
-    return rounded(low, true) | rounded(high, true) << 16;
-}
-static unsigned pack_half(float low, float high) {
-    return rounded(low, false) | rounded(high, false) << 16;
-}
-"""
 
 
 def compiler() -> str | None:
@@ -50,7 +44,17 @@ def build(
     source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
-    return compiled(_translated(_nvrtc.source_of(source), name, threads, shared), macros, folder)
+    code = without(_nvrtc.source_of(source), _REPLACED)
+    code = re.sub(
+        r"if \(WORDS == 4\)\s+asm volatile\(.*?else\s+asm volatile\(.*?\"l\"\(from\)\);",
+        "std::memcpy(word, from, 4 * WORDS);",
+        code,
+        flags=re.S,
+    )
+    code = re.sub(
+        r"    extern __shared__ .*?return place;", "    return {0};", code, flags=re.S, count=1
+    )
+    return compiled(runnable(code, name, threads, shared), macros, folder)
 
 
 def compiled(
@@ -71,31 +75,43 @@ def compiled(
     return EmulatedKernel(ctypes.CDLL(str(path)))
 
 
-def _translated(source: str, name: str, threads: int, shared: int) -> str:
-    for function in _REPLACED:
+def without(source: str, functions: Iterable[str]) -> str:
+    """The source without some of its device functions, which are written for the CPU instead."""
+    for function in functions:
         source, count = re.subn(
-            rf"__device__ __forceinline__ [\w ]+ {function}\(.*?\n\}}\n", "", source, flags=re.S
+            rf"__device__ __forceinline__ [\w ]+ {function}\(.*?\}}\n(?=\S|\n)",
+            "",
+            source,
+            flags=re.S,
+            count=1,
         )
         assert count == 1, function
-    source = re.sub(
-        r"if \(WORDS == 4\)\s+asm volatile\(.*?else\s+asm volatile\(.*?\"l\"\(from\)\);",
-        "std::memcpy(word, from, 4 * WORDS);",
-        source,
-        flags=re.S,
-    )
-    source = re.sub(
-        r"    extern __shared__ .*?return place;", "    return {0};", source, flags=re.S, count=1
-    )
+    return source
+
+
+def runnable(source: str, name: str, threads: int, shared: int, before: str = "") -> str:
+    """Code that runs a kernel's blocks, and clusters of blocks, one after the other.
+
+    Args:
+        source: with all that the CPU cannot compile taken out.
+        name: the kernel.
+        threads: of a block.
+        shared: bytes of shared memory of a block.
+        before: what stands in for what was taken out, behind the common header.
+    """
     return f"""#include "{_HEADER.name}"
-{_EMULATED}
+{before}
 {source}
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
 extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{
     emulated_body = body, emulated_parameters = parameters;
     for (unsigned y = 0; y < rows; y++)
-        for (unsigned x = 0; x < columns; x++) {{
+        for (unsigned x = 0; x < columns; x += CLUSTER) {{
             blockIdx = {{x, y, 0}};
-            if (run_block({threads}, {shared})) return 1;
+            if (run_block({threads}, {shared}, CLUSTER)) return 1;
         }}
     return 0;
 }}

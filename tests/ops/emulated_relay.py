@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.ops.emulated_cuda import EmulatedKernel, compiled
+from tests.ops.emulated_cuda import NUMBERS, EmulatedKernel, compiled, runnable, without
 from widefield.ops import _nvrtc
 
-_HEADER = Path(__file__).with_name("emulated_cuda.h")
 _REPLACED = (
-    "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
-    "prefetch", "shared_at", "shared_of", "rank_of_block", "meet", "look", "hand", "look_up",
-    "announce", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
+    *NUMBERS, "prefetch", "shared_at", "shared_of", "rank_of_block", "meet", "look", "hand",
+    "look_up", "announce", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
 )  # fmt: skip
 # An address in shared memory is an offset from the first block's.
 _EMULATED = """
@@ -48,12 +45,6 @@ static void copies_commit() {}
 static void copies_wait() {}
 static float opaque(float v) { return v; }
 static void prefetch(const void*) {}
-static unsigned pack_bfloat16(float low, float high) {
-    return rounded(low, true) | rounded(high, true) << 16;
-}
-static unsigned pack_half(float low, float high) {
-    return rounded(low, false) | rounded(high, false) << 16;
-}
 """
 
 
@@ -61,35 +52,9 @@ def build(
     source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
 ) -> EmulatedKernel:
     """Compile a kernel for the CPU; the same source and macros are compiled once."""
-    code = _translated(_nvrtc.source_of(source), name, threads, shared)
-    return compiled(code, macros, folder, optimise="-O0")
-
-
-def _translated(source: str, name: str, threads: int, shared: int) -> str:
-    for function in _REPLACED:
-        source, count = re.subn(
-            rf"__device__ __forceinline__ [\w ]+ {function}\(.*?\}}\n(?=\S|\n)",
-            "",
-            source,
-            flags=re.S,
-            count=1,
-        )
-        assert count == 1, function
-    source = source.replace(
+    code = without(_nvrtc.source_of(source), _REPLACED)
+    code = code.replace(
         "extern __shared__ __align__(16) char buffers[];",
         "char* buffers = at_address(4 * rank_of_fiber() * block_shared);",
     )
-    return f"""#include "{_HEADER.name}"
-{_EMULATED}
-{source}
-static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
-extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{
-    emulated_body = body, emulated_parameters = parameters;
-    for (unsigned y = 0; y < rows; y++)
-        for (unsigned x = 0; x < columns; x += CLUSTER) {{
-            blockIdx = {{x, y, 0}};
-            if (run_block({threads}, {shared}, CLUSTER)) return 1;
-        }}
-    return 0;
-}}
-"""
+    return compiled(runnable(code, name, threads, shared, _EMULATED), macros, folder)

@@ -24,12 +24,6 @@ static T read_as(unsigned from) {
     std::memcpy(&r, shared_at(from), sizeof r);
     return r;
 }
-static unsigned pack_bfloat16(float low, float high) {
-    return rounded(low, true) | rounded(high, true) << 16;
-}
-static unsigned pack_half(float low, float high) {
-    return rounded(low, false) | rounded(high, false) << 16;
-}
 static float widened(unsigned short bits) {
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }

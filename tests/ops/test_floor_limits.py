@@ -34,9 +34,9 @@ def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     """y of the scan for few long rows."""
     if ON_GPU:
         return native.selective_scan(inputs, plan)[0]
-    call = native._Call(inputs, plan)
-    table = native._LAYOUTS if native._kind(call.tensors) == "exact" else native._TENSOR
-    return call.run(table[3])[0]
+    tensors = _calls.readable(_calls.read(inputs, plan))
+    table = native._LAYOUTS if native._kind(tensors) == "exact" else native._TENSOR
+    return _calls.run(native.launch_of(tensors, inputs.delta_softplus, table[3]), tensors)[0]
 
 
 def handed_on(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
@@ -57,11 +57,6 @@ def _small() -> tuple[wide.Layout, wide.Layout] | None:
     """Layouts that take little time in the emulator."""
     small = wide.Layout(per_lane=2, tile=8, chunk=8, warps=1, blocks=1)
     return None if ON_GPU else (small, small)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture(params=[few_rows, handed_on, many_rows])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,20 @@ import torch
 from torch import Tensor
 
 from tests.ops import emulated_cuda
-from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from tests.ops.cases import (
+    DELTAS,
+    Options,
+    bare,
+    error,
+    everything,
+    in_float64,
+    moved,
+    scan_inputs,
+    usual,
+)
 from widefield.ops import _nvrtc, use_backend
 from widefield.ops._delta import effective_delta
-from widefield.ops.selective_scan import native, reference
+from widefield.ops.selective_scan import _calls, native, reference
 from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -26,11 +35,7 @@ ON_GPU = torch.cuda.is_available() and _nvrtc.available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
 LAYOUTS = [*native._LAYOUTS.values(), native._SPREAD, *native._TENSOR.values()]
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
+_everything = partial(everything, floor=0.2)
 
 
 @pytest.fixture
@@ -48,51 +53,10 @@ def _scan(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = No
     if ON_GPU:
         assert native.supports(inputs)
         return native.selective_scan(inputs, plan, layout)
-    call = native._Call(inputs, plan)
-    table = native._LAYOUTS if native._kind(call.tensors) == "exact" else native._TENSOR
-    return call.run(layout or table[3])[:2]
-
-
-def _moved(inputs: ScanInputs, device: str) -> ScanInputs:
-    """On a device, the large tensors as views of wider ones."""
-    changes = {}
-    for field in dataclasses.fields(inputs):
-        value = getattr(inputs, field.name)
-        if not isinstance(value, Tensor):
-            continue
-        if value.ndim == 3 and field.name in ("x", "z", "B", "C"):
-            wide = torch.cat([value, value], dim=-1).to(device)
-            changes[field.name] = wide[..., : value.shape[-1]]
-        else:
-            changes[field.name] = value.to(device)
-    return inputs.replace(**changes)
-
-
-def _everything(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    """Padding, and a plan with all that a scan can be asked for."""
-    batch, length, channels = inputs.x.shape
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    valid[0, : length // 3] = False
-    plan = LayerPlan(
-        delta_floor=torch.rand(channels) * 0.2,
-        delta_scale=torch.rand(batch, channels) + 0.5,
-        decay_scale=torch.rand(channels) + 0.5,
-    )
-    return inputs.replace(valid=valid), plan
-
-
-def _bare(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    """Nothing that can be left out."""
-    none = {"D": None, "z": None, "delta_bias": None, "initial_state": None}
-    return inputs.replace(**none, delta_softplus=False, delta=inputs.delta.abs()), LayerPlan()
-
-
-def _usual(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    return inputs, LayerPlan()
-
-
-def _error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+    tensors = _calls.readable(_calls.read(inputs, plan))
+    table = native._LAYOUTS if native._kind(tensors) == "exact" else native._TENSOR
+    launch = native.launch_of(tensors, inputs.delta_softplus, layout or table[3])
+    return _calls.run(launch, tensors)
 
 
 def _check(inputs: ScanInputs, plan: LayerPlan, layout: native.Layout | None = None) -> None:
@@ -107,18 +71,7 @@ def _compare(
 ) -> None:
     for name, value, near, exact in zip(("y", "state"), ours, same, truth, strict=True):
         assert value.dtype == near.dtype and value.shape == near.shape
-        assert _error(value, exact) <= 2 * _error(near, exact) + 3e-7, name
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory is NaN, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-Options = Callable[[ScanInputs], tuple[ScanInputs, LayerPlan]]
+        assert error(value, exact) <= 2 * error(near, exact) + 3e-7, name
 
 
 @pytest.mark.usefixtures("machine", "poisoned")
@@ -129,8 +82,8 @@ class TestAnywhere:
     @pytest.mark.parametrize(
         ("options", "dtype", "channels"),
         [
-            (_bare, torch.float16, 37),
-            (_usual, torch.bfloat16, 40),
+            (bare, torch.float16, 37),
+            (usual, torch.bfloat16, 40),
             (_everything, torch.float32, 28),
         ],
     )
@@ -138,23 +91,23 @@ class TestAnywhere:
         self, length: int, options: Options, dtype: torch.dtype, channels: int
     ) -> None:
         inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
-        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
+        _check(moved(inputs, DEVICE), plan.to(DEVICE))
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_every_layout_is_as_exact_as_the_reference(self, layout: native.Layout) -> None:
         dtype = torch.bfloat16 if layout.tensor else torch.float32
         inputs, plan = _everything(scan_inputs(2, 300, 28, dtype=dtype))
-        _check(_moved(inputs, DEVICE), plan.to(DEVICE), layout)
+        _check(moved(inputs, DEVICE), plan.to(DEVICE), layout)
 
     @pytest.mark.parametrize("states", [8, 32])
     def test_other_numbers_of_states(self, states: int) -> None:
         inputs, plan = _everything(scan_inputs(2, 70, 16, states))
-        _check(_moved(inputs, DEVICE), plan.to(DEVICE))
+        _check(moved(inputs, DEVICE), plan.to(DEVICE))
 
     @pytest.mark.parametrize("delta", DELTAS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_no_step_is_too_small_or_too_large(self, delta: str, dtype: torch.dtype) -> None:
-        _check(_moved(scan_inputs(1, 100, 24, delta=delta, dtype=dtype), DEVICE), LayerPlan())
+        _check(moved(scan_inputs(1, 100, 24, delta=delta, dtype=dtype), DEVICE), LayerPlan())
 
     def test_states_that_cancel_each_other_are_summed_as_well(self) -> None:
         inputs = scan_inputs(1, 200, 24, dtype=torch.bfloat16)
@@ -167,7 +120,7 @@ class TestAnywhere:
             D=None,
             initial_state=None,
         )
-        _check(_moved(inputs, DEVICE), LayerPlan())
+        _check(moved(inputs, DEVICE), LayerPlan())
 
     @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,7 +136,7 @@ class TestAnywhere:
             delta_scale=torch.rand(6, 14) + 0.5,
             decay_scale=torch.rand(6, 14) + 0.5,
         )
-        inputs, plan = _moved(inputs, DEVICE), plan.to(DEVICE)
+        inputs, plan = moved(inputs, DEVICE), plan.to(DEVICE)
 
         def exact(one: ScanInputs, its_plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
             return reference.selective_scan(*in_float64(one, its_plan))
@@ -194,7 +147,7 @@ class TestAnywhere:
     @pytest.mark.parametrize("above", [-1e-6, 1e-6])
     def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
         inputs, plan = _everything(scan_inputs(1, 64, 32))
-        inputs = _moved(inputs.replace(valid=None), DEVICE)
+        inputs = moved(inputs.replace(valid=None), DEVICE)
         every = torch.arange(32, device=DEVICE)
         plan = dataclasses.replace(plan.to(DEVICE), delta_floor=None)
         floor = effective_delta(inputs, plan)[0, every, every] * (1 + above)
@@ -205,7 +158,7 @@ class TestAnywhere:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_nan_in_a_step_shows(self, dtype: torch.dtype) -> None:
-        inputs = _moved(scan_inputs(1, 64, 32, dtype=dtype), DEVICE)
+        inputs = moved(scan_inputs(1, 64, 32, dtype=dtype), DEVICE)
         inputs.delta[0, 10, 5] = torch.nan
         y, state = _scan(inputs, LayerPlan())
         assert y[0, 10:, 5].isnan().all() and state[0, 5].isnan().all()
@@ -214,7 +167,7 @@ class TestAnywhere:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_padding_may_hold_anything(self, dtype: torch.dtype) -> None:
         inputs, plan = _everything(scan_inputs(1, 70, 32, dtype=dtype))
-        inputs = _moved(inputs, DEVICE)
+        inputs = moved(inputs, DEVICE)
         expected = _scan(inputs, plan.to(DEVICE))
         assert inputs.valid is not None
         inputs.x[~inputs.valid] = torch.nan
@@ -224,7 +177,7 @@ class TestAnywhere:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_going_on_from_a_state_is_the_same_to_the_bit(self, dtype: torch.dtype) -> None:
-        inputs = _moved(scan_inputs(1, 96, 32, dtype=dtype), DEVICE)
+        inputs = moved(scan_inputs(1, 96, 32, dtype=dtype), DEVICE)
         y, state = _scan(inputs, LayerPlan())
         parts = []
         before = inputs.initial_state
@@ -240,26 +193,26 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("length", [31, 150])
     @pytest.mark.parametrize("channels", [40, 37])
-    @pytest.mark.parametrize("options", [_bare, _usual, _everything])
+    @pytest.mark.parametrize("options", [bare, usual, _everything])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_every_dtype_takes_all_options(
         self, length: int, channels: int, options: Options, dtype: torch.dtype
     ) -> None:
         inputs, plan = options(scan_inputs(2, length, channels, dtype=dtype))
-        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+        _check(moved(inputs, "cuda"), plan.to("cuda"))
 
     def test_many_rows_of_many_channels_run_in_several_waves(self) -> None:
         inputs, plan = _everything(scan_inputs(3, 40, 1300, dtype=torch.bfloat16))
-        _check(_moved(inputs, "cuda"), plan.to("cuda"))
+        _check(moved(inputs, "cuda"), plan.to("cuda"))
 
     @pytest.mark.parametrize("layout", native._TENSOR.values(), ids=str)
     @pytest.mark.parametrize("length", [1, 63, 1000])
     def test_every_layout_for_bfloat16_takes_all_options(
         self, length: int, layout: native.Layout
     ) -> None:
-        for options in (_bare, _usual, _everything):
+        for options in (bare, usual, _everything):
             inputs, plan = options(scan_inputs(2, length, 37, dtype=torch.bfloat16))
-            _check(_moved(inputs, "cuda"), plan.to("cuda"), layout)
+            _check(moved(inputs, "cuda"), plan.to("cuda"), layout)
 
     @pytest.mark.parametrize("length", [65_537, 1_048_577])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -269,10 +222,10 @@ class TestOnGpu:
         inputs = scan_inputs(1, length, 24, dtype=dtype)
         wide = {name: getattr(inputs, name).float() for name in ("x", "delta", "B", "C", "z")}
         truth = cpu.selective_scan(inputs.replace(**wide))
-        y, state = native.selective_scan(_moved(inputs, "cuda"), LayerPlan())
-        rounding = _error(truth[0].to(dtype), truth[0].double())
-        assert _error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
-        assert _error(state.cpu(), truth[1].double()) < 1e-5
+        y, state = native.selective_scan(moved(inputs, "cuda"), LayerPlan())
+        rounding = error(truth[0].to(dtype), truth[0].double())
+        assert error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
+        assert error(state.cpu(), truth[1].double()) < 1e-5
 
     @pytest.mark.parametrize("layout", native._TENSOR.values(), ids=str)
     def test_is_right_past_two_to_the_31_elements(self, layout: native.Layout) -> None:
@@ -280,14 +233,14 @@ class TestOnGpu:
         small = scan_inputs(1, 8, channels, dtype=torch.bfloat16)
         x = torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16)
         B = torch.randn(1, length, 16, device="cuda", dtype=torch.bfloat16)
-        inputs = _moved(small, "cuda").replace(
+        inputs = moved(small, "cuda").replace(
             x=x, z=x, delta=x - 1, B=B, C=B.flip(1), initial_state=None
         )
         y, state = native.selective_scan(inputs, LayerPlan(), layout)
         ends = {name: getattr(inputs, name)[:, -last:] for name in ("x", "z", "delta", "B", "C")}
         expected = reference.selective_scan(inputs.replace(**ends))
-        assert _error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3
-        assert _error(state, expected[1].double()) < 1e-5
+        assert error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3
+        assert error(state, expected[1].double()) < 1e-5
         assert not y.isnan().any()
 
     def test_few_rows_without_gradients_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +248,7 @@ class TestOnGpu:
 
         calls = []
         monkeypatch.setattr(native, "selective_scan", lambda *given, **_: calls.append(given))
-        inputs = _moved(scan_inputs(1, 20, 512, dtype=torch.bfloat16), "cuda")
+        inputs = moved(scan_inputs(1, 20, 512, dtype=torch.bfloat16), "cuda")
         inputs.x.requires_grad_()
         cuda.selective_scan(inputs)[0].sum().backward()
         assert inputs.x.grad is not None and not calls
@@ -311,7 +264,7 @@ class TestOnGpu:
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         native._kernel.cache_clear()
-        inputs = _moved(scan_inputs(1, 20, 16), "cuda")
+        inputs = moved(scan_inputs(1, 20, 16), "cuda")
         first = native.selective_scan(inputs, LayerPlan())
         (kept,) = _nvrtc.cache_folder().iterdir()
         native._kernel.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,18 @@ import torch
 from torch import Tensor
 
 from tests.ops import emulated_cuda, emulated_relay
-from tests.ops.cases import DELTAS, in_float64, scan_inputs
-from tests.ops.test_wide_scan import Options, bare, error, everything, moved, packed, usual
+from tests.ops.cases import (
+    DELTAS,
+    Options,
+    bare,
+    error,
+    everything,
+    in_float64,
+    moved,
+    packed,
+    scan_inputs,
+    usual,
+)
 from widefield.ops import _nvrtc
 from widefield.ops.selective_scan import _calls, native, reference, relay
 from widefield.ops.selective_scan._packed import by_sequence
@@ -39,11 +48,6 @@ IN_CLUSTERS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture
 def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU, or the emulator where there is none."""
@@ -53,14 +57,6 @@ def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a GPU or a C++ compiler")
     monkeypatch.setattr(_nvrtc, "build", partial(emulated_relay.build, folder=compiled))
     relay._kernel.cache_clear()
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory is NaN, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def scan(

@@ -23,11 +23,6 @@ ON_HOPPER = torch.cuda.is_available() and native._has_tensor_cores(0)
 LOG2E = 1.4426950408889634
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture
 def emulated(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     if emulated_cuda.compiler() is None:
@@ -38,14 +33,6 @@ def emulated(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     yield
     native._outputs_kernel.cache_clear()
     native._states_kernel.cache_clear()
-
-
-@pytest.fixture
-def poisoned() -> Any:
-    """New memory is NaN, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def wide(inputs: SSDInputs) -> SSDInputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from tests.ops import emulated_cuda, emulated_wide
-from tests.ops.cases import DELTAS, in_float64, scan_inputs
+from tests.ops.cases import (
+    DELTAS,
+    Options,
+    bare,
+    error,
+    everything,
+    in_float64,
+    moved,
+    packed,
+    scan_inputs,
+    usual,
+)
 from widefield.ops import _nvrtc, use_backend
 from widefield.ops.selective_scan import native, reference, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
@@ -22,7 +33,6 @@ from widefield.plan import LayerPlan, ScanInputs
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
-Options = Callable[[ScanInputs], tuple[ScanInputs, LayerPlan]]
 
 SMALL = wide.Layout(per_lane=1, tile=8, chunk=16, warps=1, blocks=1)
 LAYOUTS = [
@@ -31,11 +41,6 @@ LAYOUTS = [
     wide.Layout(per_lane=2, tile=8, chunk=8, warps=1, blocks=1),
     wide.Layout(per_lane=2, tile=4, chunk=16, warps=2, blocks=1),
 ]
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture
@@ -47,70 +52,6 @@ def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a GPU or a C++ compiler")
     monkeypatch.setattr(_nvrtc, "build", partial(emulated_wide.build, folder=compiled))
     wide._kernel.cache_clear()
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory is NaN, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def bare(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    """Nothing that can be left out."""
-    none = {"D": None, "z": None, "delta_bias": None, "initial_state": None}
-    return inputs.replace(**none, delta_softplus=False, delta=inputs.delta.abs()), LayerPlan()
-
-
-def usual(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    return inputs, LayerPlan()
-
-
-def everything(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    """Padding, and a plan with all that a scan can be asked for."""
-    batch, length, channels = inputs.x.shape
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    valid[0, : length // 3] = False
-    plan = LayerPlan(
-        delta_floor=torch.rand(channels) * 0.1,
-        delta_scale=torch.rand(batch, channels) + 0.5,
-        decay_scale=torch.rand(channels) + 0.5,
-    )
-    return inputs.replace(valid=valid), plan
-
-
-def packed(inputs: ScanInputs) -> tuple[ScanInputs, LayerPlan]:
-    """Sequences of several lengths in one row, some of them empty."""
-    length, channels = inputs.x.shape[1:]
-    ends = sorted([0, 0, length // 5, (length + 4) // 5, length // 2, length, length])
-    plan = LayerPlan(
-        delta_floor=torch.rand(len(ends) - 1, channels) * 0.1,
-        decay_scale=torch.rand(len(ends) - 1, channels) + 0.5,
-    )
-    state = torch.randn(len(ends) - 1, channels, inputs.A.shape[1])
-    first = {name: getattr(inputs, name)[:1] for name in ("x", "delta", "B", "C", "z")}
-    ends = torch.tensor(ends, dtype=torch.int32)
-    return inputs.replace(**first, initial_state=state, cu_seqlens=ends), plan
-
-
-def moved(inputs: ScanInputs, device: str) -> ScanInputs:
-    """On a device, the large tensors as views of wider ones."""
-    changes = {}
-    for field in dataclasses.fields(inputs):
-        value = getattr(inputs, field.name)
-        if not isinstance(value, Tensor):
-            continue
-        if value.ndim == 3 and field.name in ("x", "z", "B", "C"):
-            wide = torch.cat([value, value], dim=-1).to(device)
-            changes[field.name] = wide[..., : value.shape[-1]]
-        else:
-            changes[field.name] = value.to(device)
-    return inputs.replace(**changes)
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 LEAVES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")

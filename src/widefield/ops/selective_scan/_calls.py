@@ -1,13 +1,14 @@
-"""Calls of the forwards in CUDA C++ for few rows: what they read, and launches that are kept.
+"""What the scans in CUDA C++ have in common on the host: what they read and can read, and calls.
 
-Both kernels' structs begin with the same sixteen pointers: those of `Given`, of y and of the final
-states.
+The structs of those for few rows begin with the same sixteen pointers: those of `Given`, of y and
+of the final states. So their launches can be kept for the next call.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +19,14 @@ from widefield.ops._backend import on_device_of
 from widefield.plan import LayerPlan, ScanInputs
 
 __all__ = [
-    "KINDS",
-    "POINTERS",
-    "Given",
-    "Launch",
-    "again",
-    "aligned",
-    "keep",
-    "read",
-    "readable",
-    "run",
-    "size",
-]
+    "POINTERS", "Given", "Launch", "again", "aligned", "as_floats", "dense", "keep", "kind_macros",
+    "kinds_of", "read", "readable", "readable_on_this_gpu", "rows_of", "run", "scan", "size",
+    "step_of",
+]  # fmt: skip
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROWS = 1 << 16  # of a grid
+_READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 POINTERS = (
     "x", "delta", "B", "C", "z", "skip", "bias", "A", "floor", "scale", "decay", "initial", "valid",
     "ends", "y", "final",
@@ -56,22 +51,73 @@ def read(inputs: ScanInputs, plan: LayerPlan) -> Given:
     )  # fmt: skip
 
 
+def readable_on_this_gpu(inputs: ScanInputs) -> bool:
+    """Whether a kernel can be compiled here that reads tensors of these dtypes, so many rows."""
+    x = inputs.x
+    if not (x.is_cuda and x.numel() and rows_of(x, inputs.cu_seqlens) < _ROWS):
+        return False
+    read_ones = (x, inputs.delta, inputs.B, inputs.C, inputs.z, inputs.D, inputs.delta_bias)
+    return (
+        all(t is None or t.dtype in _KINDS for t in read_ones)
+        and inputs.A.dtype == torch.float32
+        and _nvrtc.available(x.device.index)
+    )
+
+
+def rows_of(x: Tensor, ends: Tensor | None) -> int:
+    """How many sequences are scanned side by side."""
+    return x.shape[0] if ends is None else len(ends) - 1
+
+
 def size(tensors: Given) -> tuple[int, int, int]:
     """How many rows, or sequences side by side, channels and states there are."""
-    x, A, ends = tensors[0], tensors[7], tensors[13]
-    return x.shape[0] if ends is None else len(ends) - 1, *A.shape
+    return rows_of(tensors[0], tensors[13]), *tensors[7].shape
+
+
+def kinds_of(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Kinds of numbers, as numbers.cuh counts them."""
+    return tuple(0 if t is None else _KINDS[t.dtype] for t in tensors)
+
+
+def kind_macros(kinds: Sequence[int]) -> dict[str, int]:
+    """Of x, Δ, B, C, z, skip and bias."""
+    return {f"{name}_KIND": kind for name, kind in zip(_READ, kinds, strict=True)}
 
 
 def readable(given: Given) -> Given:
     """The same, copied where a kernel could not read it as it is."""
     large, small, floats, (valid, ends) = given[:5], given[5:7], given[7:12], given[12:]
     return (
-        *(_dense(t) for t in large),
+        *(dense(t) for t in large),
         *(None if t is None else t.contiguous() for t in small),
-        *(None if t is None else t.float().contiguous() for t in floats),
+        *(as_floats(t) for t in floats),
         valid,
         None if ends is None else ends.contiguous(),
     )
+
+
+def scan(
+    inputs: ScanInputs, plan: LayerPlan, launch_of: Callable[[Given], Launch], keep_it: bool
+) -> tuple[Tensor, Tensor]:
+    """Run a scan by what `launch_of` says of tensors that a kernel can read.
+
+    Args:
+        inputs: what the scan reads.
+        plan: what a method asks of this layer.
+        launch_of: from the tensors to what to launch.
+        keep_it: whether `again` may take the launch over.
+
+    Returns:
+        y and the final states.
+    """
+    given = read(inputs, plan)
+    with on_device_of(inputs.x), torch.no_grad():
+        tensors = readable(given)
+        launch = launch_of(tensors)
+        done = run(launch, tensors)
+    if keep_it:
+        keep(given, tensors, inputs.delta_softplus, launch)
+    return done
 
 
 def run(launch: Launch, tensors: Given) -> tuple[Tensor, Tensor]:
@@ -138,7 +184,18 @@ def _likeness(tensors: Given, places: list[int], softplus: bool) -> tuple[Any, .
     return (softplus, x.get_device(), x.shape, shape, *kinds, *(place & 15 for place in places))
 
 
-def _dense(tensor: Tensor | None) -> Any:
+def step_of(tensor: Tensor | None) -> int:
+    """From token to token; one token's step may be any number, and is left out of the cache."""
+    return 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
+
+
+def as_floats(tensor: Tensor | None) -> Any:
+    """Dense, in float32."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def dense(tensor: Tensor | None) -> Any:
+    """With channels or states side by side."""
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()

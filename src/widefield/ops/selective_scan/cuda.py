@@ -514,7 +514,7 @@ def _are_many(inputs: ScanInputs) -> bool:
 
     Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
     """
-    rows, channels = wide.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
+    rows, channels = _calls.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
     return rows * channels >= 4 * 32 * _multiprocessors(inputs.x.get_device())
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
-from widefield.ops._backend import on_device_of
 from widefield.ops.selective_scan import _calls
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "selective_scan", "supports", "time_of"]
+__all__ = ["Layout", "launch_of", "selective_scan", "supports", "time_of"]
 
 _SOURCE = Path(__file__).with_name("forward.cu")
 _STATES = (8, 16, 32)
@@ -121,18 +120,12 @@ class _Parameters(ctypes.Structure):
 
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
-    x = inputs.x
-    rows = x.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] in _STATES and rows < 1 << 16):
-        return False
-    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
-    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
+    large = (inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z)
     return (
-        all(t.dtype in _calls.KINDS for t in large + small)
-        and all(t.stride(1) < _FAR for t in large)
-        and inputs.A.dtype == torch.float32
-        and _capable(x.device.index)
-        and _nvrtc.available(x.device.index)
+        inputs.A.shape[1] in _STATES
+        and _calls.readable_on_this_gpu(inputs)
+        and all(t is None or t.stride(1) < _FAR for t in large)
+        and _capable(inputs.x.device.index)
     )
 
 
@@ -150,13 +143,9 @@ def selective_scan(
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    with on_device_of(inputs.x), torch.no_grad():
-        call = _Call(inputs, plan)
-        launch = call.launch(layout)
-        done = _calls.run(launch, call.tensors)
-    if keep:
-        _calls.keep(call.given, call.tensors, inputs.delta_softplus, launch)
-    return done
+    return _calls.scan(
+        inputs, plan, lambda tensors: launch_of(tensors, inputs.delta_softplus, layout), keep
+    )
 
 
 def time_of(inputs: ScanInputs) -> float:
@@ -177,60 +166,46 @@ def _kind(tensors: _calls.Given) -> str:
     return "brief" if brief and B.shape[2] == 16 else "exact"
 
 
-class _Call:
-    """The tensors of one call, as the kernel reads them."""
+def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> _calls.Launch:
+    """What to launch for tensors that the kernel can read."""
+    rows, channels, states = _calls.size(tensors)
+    device = tensors[0].device.index
+    layout = layout or _layout(device, rows, channels, states, _kind(tensors))
+    kinds, ends = _calls.kinds_of(tensors[:7]), tensors[13]
+    ends_kind = 0 if ends is None else ends.element_size() // 4
+    kernel = _kernel(device, layout, states, kinds, _flags(tensors, softplus), ends_kind)
+    return kernel, (-(-channels // layout.channels), rows, 1), _behind_pointers(tensors)
 
-    def __init__(self, inputs: ScanInputs, plan: LayerPlan) -> None:
-        self.given = _calls.read(inputs, plan)
-        self.tensors = _calls.readable(self.given)
-        self.softplus = inputs.delta_softplus
 
-    def run(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
-        return _calls.run(self.launch(layout), self.tensors)
+def _flags(tensors: _calls.Given, softplus: bool) -> tuple[bool, ...]:
+    x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, _ = tensors
+    large = [t for t in (x, delta, z) if t is not None]
+    wide = x.shape[2] % 4 == 0 and all(_calls.aligned(t, 4 * t.element_size()) for t in large)
+    return (
+        skip is not None,
+        z is not None,
+        bias is not None,
+        softplus,
+        *(t is not None for t in (floor, scale, decay, valid, initial)),
+        wide,
+        _calls.aligned(B, 16) and _calls.aligned(C, 16),
+        x.dtype == torch.float32,
+    )
 
-    def launch(self, layout: Layout | None) -> _calls.Launch:
-        rows, channels, states = _calls.size(self.tensors)
-        device = self.tensors[0].device.index
-        if layout is None:
-            layout = _layout(device, rows, channels, states, _kind(self.tensors))
-        kernel = _kernel(device, layout, states, self.kinds(), self.flags(), self.ends_kind())
-        return kernel, (-(-channels // layout.channels), rows, 1), self.rest()
 
-    def kinds(self) -> tuple[int, ...]:
-        return tuple(0 if t is None else _calls.KINDS[t.dtype] for t in self.tensors[:7])
-
-    def flags(self) -> tuple[bool, ...]:
-        x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, _ = self.tensors
-        large = [t for t in (x, delta, z) if t is not None]
-        wide = x.shape[2] % 4 == 0 and all(_calls.aligned(t, 4 * t.element_size()) for t in large)
-        return (
-            skip is not None,
-            z is not None,
-            bias is not None,
-            self.softplus,
-            *(t is not None for t in (floor, scale, decay, valid, initial)),
-            wide,
-            _calls.aligned(B, 16) and _calls.aligned(C, 16),
-            x.dtype == torch.float32,
-        )
-
-    def ends_kind(self) -> int:
-        ends = self.tensors[13]
-        return 0 if ends is None else ends.element_size() // 4
-
-    def rest(self) -> bytes:
-        """The struct behind the pointers."""
-        x, delta, B, C, z, *_ = self.tensors
-        strided = (x, delta, B, C, z, self.tensors[12])
-        parameters = _Parameters(
-            *(None for _ in _calls.POINTERS),
-            *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
-            *(0 if t is None else t.stride(1) for t in strided),
-            x.shape[1],
-            x.shape[2],
-            *(0 if t is None or t.ndim == 1 else t.shape[1] for t in self.tensors[8:11]),
-        )
-        return bytes(parameters)[_Parameters.x_row.offset :]
+def _behind_pointers(tensors: _calls.Given) -> bytes:
+    """The struct, but for what stands in front."""
+    x, *_ = tensors
+    strided = (*tensors[:5], tensors[12])
+    parameters = _Parameters(
+        *(None for _ in _calls.POINTERS),
+        *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
+        *(0 if t is None else t.stride(1) for t in strided),
+        x.shape[1],
+        x.shape[2],
+        *(0 if t is None or t.ndim == 1 else t.shape[1] for t in tensors[8:11]),
+    )
+    return bytes(parameters)[_Parameters.x_row.offset :]
 
 
 @functools.lru_cache(maxsize=256)
@@ -265,13 +240,12 @@ def _kernel(
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
     shared = layout.shared_bytes(states)
-    names = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
     switches = (
         "HAS_SKIP", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "FLOOR", "SCALE", "DECAY", "VALID", "INITIAL",
         "WIDE", "WIDE_BC", "EXACT",
     )  # fmt: skip
     macros = {
-        **{f"{name}_KIND": kind for name, kind in zip(names, kinds, strict=True)},
+        **_calls.kind_macros(kinds),
         **dict(zip(switches, flags, strict=True)),
         **{name.upper(): value for name, value in asdict(layout).items()},
         "ENDS": ends,

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
-from widefield.ops._backend import on_device_of
 from widefield.ops.selective_scan import _calls
 from widefield.plan import LayerPlan, ScanInputs
 
 __all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports", "time_of"]
 
 _SOURCE = Path(__file__).with_name("relay.cu")
-_ROWS = 1 << 16  # of a grid
 _GROUPS = (1, 2, 3, 4, 5)
 _WARPS = (16, 12, 8, 6, 4, 2)
-_READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,7 @@ class _Parameters(ctypes.Structure):
 
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
-    x = inputs.x
-    rows = x.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    if not (x.is_cuda and x.numel() and rows < _ROWS):
-        return False
-    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
-    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
-    return (
-        all(t.dtype in _calls.KINDS for t in large + small)
-        and inputs.A.dtype == torch.float32
-        and _fits(x.device.index, inputs.A.shape[1])
-        and _nvrtc.available(x.device.index)
-    )
+    return _calls.readable_on_this_gpu(inputs) and _fits(inputs.x.device.index, inputs.A.shape[1])
 
 
 def selective_scan(
@@ -118,14 +104,9 @@ def selective_scan(
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    given = _calls.read(inputs, plan)
-    with on_device_of(inputs.x), torch.no_grad():
-        tensors = _calls.readable(given)
-        launch = launch_of(tensors, inputs.delta_softplus, layout)
-        done = _calls.run(launch, tensors)
-    if keep:
-        _calls.keep(given, tensors, inputs.delta_softplus, launch)
-    return done
+    return _calls.scan(
+        inputs, plan, lambda tensors: launch_of(tensors, inputs.delta_softplus, layout), keep
+    )
 
 
 def time_of(inputs: ScanInputs) -> float:
@@ -151,7 +132,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
         x.shape[1],
         *(0 if t is None or t.ndim == 1 else t.shape[1] for t in (floor, scale, decay)),
     )
-    kinds = tuple(0 if t is None else _calls.KINDS[t.dtype] for t in tensors[:7])
+    kinds = _calls.kinds_of(tensors[:7])
     kernel = _kernel(device, layout, states, kinds, _flags(tensors, softplus))
     grid = (layout.cluster * -(-channels // layout.channels), rows, 1)
     return kernel, grid, bytes(parameters)[_Parameters.x_row.offset :]
@@ -159,9 +140,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
 
 def _narrow(tensors: _calls.Given) -> tuple[tuple[int, ...], bool]:
     """What decides on the size of a warp's part of shared memory."""
-    return tuple(0 if t is None else _calls.KINDS[t.dtype] for t in tensors[:5]), (
-        tensors[4] is not None
-    )
+    return _calls.kinds_of(tensors[:5]), tensors[4] is not None
 
 
 def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]:
@@ -177,7 +156,7 @@ def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]
         ("ENDS", 0 if ends is None else ends.element_size() // 4),
         ("EXACT", int(x.dtype == torch.float32)),
         ("CHANNELS", x.shape[2]),
-        *((f"{name}_TOKEN", _step(t)) for name, t in tokens.items()),
+        *((f"{name}_TOKEN", _calls.step_of(t)) for name, t in tokens.items()),
         ("ALIGNED", int(all(_calls.aligned(t, 16) for t in (x, delta, z) if t is not None))),
         ("ALIGNED_BC", int(_calls.aligned(B, 16) and _calls.aligned(C, 16))),
     )
@@ -233,7 +212,7 @@ def _kernel(
     """One variant, compiled and loaded on the current device."""
     shared = layout.shared_bytes(states, kinds[:5], bool(dict(flags)["HAS_Z"]))
     macros = {
-        **{f"{name}_KIND": kind for name, kind in zip(_READ, kinds, strict=True)},
+        **_calls.kind_macros(kinds),
         **dict(flags),
         **{name.upper(): value for name, value in asdict(layout).items()},
         "PER_LANE": 1,
@@ -244,8 +223,3 @@ def _kernel(
     return _nvrtc.build(
         _SOURCE, "selective_scan_relay", macros, threads=32 * layout.warps, shared=shared
     )
-
-
-def _step(tensor: Tensor | None) -> int:
-    """From token to token; one token's step may be any number, and is left out of the cache."""
-    return 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)

@@ -17,25 +17,22 @@ import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
+from widefield.ops.selective_scan import _calls
 from widefield.plan import LayerPlan, ScanInputs
 
 __all__ = [
     "Layout",
     "backward_layout",
     "forward_layout",
-    "rows_of",
     "selective_scan",
     "supports",
     "wants_gradients",
 ]
 
 _SOURCE = Path(__file__).with_name("wide.cu")
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATES = 256
-_ROWS = 1 << 16  # of a grid
 _SAVED = 1 << 30  # bytes of saved states from which on there are half as many
 _PAIRS = 1 << 16  # channels of all rows together from which on the forward takes two a lane
-_READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _layouts_of(inputs: ScanInputs) -> tuple[Layout, Layout]:
         sparse = replace(backward, chunk=2 * backward.chunk)
         if sparse.shared_bytes(states, backward=True) <= _shared_memory(x.device.index):
             backward = sparse
-    if rows_of(x, inputs.cu_seqlens) * x.shape[2] >= _PAIRS and states <= 32:
+    if _calls.rows_of(x, inputs.cu_seqlens) * x.shape[2] >= _PAIRS and states <= 32:
         forward = replace(forward, per_lane=2, tile=8)
     return replace(forward, chunk=backward.chunk), backward
 
@@ -123,17 +120,11 @@ _MADE = [field[0] for field in _Parameters._fields_ if field[1] is ctypes.c_void
 
 def supports(inputs: ScanInputs) -> bool:
     """Whether these kernels can run the scan, gradients included."""
-    x = inputs.x
-    rows = rows_of(x, inputs.cu_seqlens)
-    if not (x.is_cuda and x.numel() and inputs.A.shape[1] <= _STATES and rows < _ROWS):
-        return False
-    large = [t for t in (x, inputs.delta, inputs.B, inputs.C, inputs.z) if t is not None]
-    small = [t for t in (inputs.D, inputs.delta_bias) if t is not None]
+    states = inputs.A.shape[1]
     return (
-        all(t.dtype in _KINDS for t in large + small)
-        and inputs.A.dtype == torch.float32
-        and _fits(x.device.index, inputs.A.shape[1])
-        and _nvrtc.available(x.device.index)
+        states <= _STATES
+        and _calls.readable_on_this_gpu(inputs)
+        and _fits(inputs.x.device.index, states)
     )
 
 
@@ -216,11 +207,11 @@ class Call:
         plans = (plan.delta_floor, plan.delta_scale, plan.decay_scale)
         return Call(
             (
-                *(_dense(t) for t in large),
+                *(_calls.dense(t) for t in large),
                 *(None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias)),
-                _floats(inputs.A),
-                *(_floats(t) for t in plans),
-                _floats(inputs.initial_state),
+                _calls.as_floats(inputs.A),
+                *(_calls.as_floats(t) for t in plans),
+                _calls.as_floats(inputs.initial_state),
                 inputs.valid,
                 _bounds(inputs.cu_seqlens, inputs.x.device),
             ),
@@ -235,7 +226,7 @@ class Call:
     @property
     def rows(self) -> int:
         """How many sequences there are."""
-        return rows_of(self.tensors[0], self.tensors[13])
+        return _calls.rows_of(self.tensors[0], self.tensors[13])
 
     @property
     def chunks(self) -> int:
@@ -289,7 +280,7 @@ class Call:
             kernel.launch((-(-channels // layout.channels), self.rows, 1), self._parameters(more))
 
     def _kinds(self) -> tuple[int, ...]:
-        return tuple(0 if t is None else _KINDS[t.dtype] for t in self.tensors[:7])
+        return _calls.kinds_of(self.tensors[:7])
 
     def _flags(self, backward: bool, save: bool, layout: Layout) -> tuple[tuple[str, int], ...]:
         x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, bounds = self.tensors
@@ -306,7 +297,7 @@ class Call:
             ("BACKWARD", backward),
             ("EXACT", x.dtype == torch.float32),
             ("CHANNELS", x.shape[2]),
-            *((f"{name}_TOKEN", _step(t)) for name, t in tokens.items()),
+            *((f"{name}_TOKEN", _calls.step_of(t)) for name, t in tokens.items()),
             ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
         )
 
@@ -355,7 +346,7 @@ def _kernel(
     """One variant, compiled and loaded on the current device."""
     shared = layout.shared_bytes(states, bool(dict(flags)["BACKWARD"]))
     macros = {
-        **{f"{name}_KIND": kind for name, kind in zip(_READ, kinds, strict=True)},
+        **_calls.kind_macros(kinds),
         **dict(flags),
         **{name.upper(): value for name, value in asdict(layout).items()},
         "STATES": states,
@@ -366,29 +357,9 @@ def _kernel(
     )
 
 
-def _step(tensor: Tensor | None) -> int:
-    """From token to token; one token's step may be any number, and is left out of the cache."""
-    return 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
-
-
 def _new_like(tensor: Tensor) -> Tensor:
     """Dense, however the tensor lies."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def rows_of(x: Tensor, ends: Tensor | None) -> int:
-    """How many sequences are scanned side by side."""
-    return x.shape[0] if ends is None else len(ends) - 1
-
-
-def _dense(tensor: Tensor | None) -> Any:
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
-
-
-def _floats(tensor: Tensor | None) -> Any:
-    return tensor if tensor is None else tensor.float().contiguous()
 
 
 def _bounds(ends: Tensor | None, device: torch.device) -> Tensor | None:
