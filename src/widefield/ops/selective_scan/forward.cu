@@ -285,14 +285,9 @@ struct Tokens {
     }
 };
 
-__device__ __forceinline__ i64 end_of(const Parameters& p, i64 sequence) {
-    if (ENDS == 1) return static_cast<const int*>(p.ends)[sequence];
-    return static_cast<const i64*>(p.ends)[sequence];
-}
-
 __device__ __forceinline__ Tokens tokens_of(const Parameters& p, i64 row) {
-    i64 first = ENDS ? end_of(p, row) : 0;
-    i64 length = ENDS ? end_of(p, row + 1) - first : p.length;
+    i64 first = ENDS ? end_at<ENDS>(p.ends, row) : 0;
+    i64 length = ENDS ? end_at<ENDS>(p.ends, row + 1) - first : p.length;
     u32 whole = static_cast<u32>(length / TILE);
     return {row, first, length, whole + (length % TILE != 0), whole};
 }

@@ -187,6 +187,13 @@ __device__ __forceinline__ u32 narrow(float low, float high) {
     return KIND == 1 ? pack_bfloat16(low, high) : pack_half(low, high);
 }
 
+// Where a row's sequences end: KIND 1 as int, 2 as long long.
+template <int KIND>
+__device__ __forceinline__ i64 end_at(const void* ends, i64 sequence) {
+    if (KIND == 1) return static_cast<const int*>(ends)[sequence];
+    return static_cast<const i64*>(ends)[sequence];
+}
+
 template <int KIND>
 __device__ __forceinline__ float number_at(const void* base, i64 index) {
     if (KIND == 0) return static_cast<const float*>(base)[index];

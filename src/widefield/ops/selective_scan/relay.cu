@@ -123,9 +123,8 @@ __device__ __forceinline__ void let_others() {}
 
 // 16 bytes to shared memory in the background, zeros behind the first `count` of them.
 __device__ __forceinline__ void copy16(char* to, const char* from, int count) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     shared_at(to)),
-                 "l"(from), "r"(count)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_at(to)), "l"(from),
+                 "r"(count)
                  : "memory");
 }
 __device__ __forceinline__ void copies_commit() {
@@ -232,13 +231,9 @@ struct alignas(16) Shared {
 
 // ---- what a block works on ----------------------------------------------------------------------
 
-__device__ __forceinline__ i64 end_of(const Parameters& p, i64 sequence) {
-    if (ENDS == 1) return static_cast<const int*>(p.ends)[sequence];
-    return static_cast<const i64*>(p.ends)[sequence];
-}
 __device__ __forceinline__ Sequence sequence_of(const Parameters& p, i64 row) {
-    i64 first = ENDS ? end_of(p, row) : 0;
-    return {row, ENDS ? 0 : row, first, ENDS ? end_of(p, row + 1) - first : p.length};
+    i64 first = ENDS ? end_at<ENDS>(p.ends, row) : 0;
+    return {row, ENDS ? 0 : row, first, ENDS ? end_at<ENDS>(p.ends, row + 1) - first : p.length};
 }
 
 struct Block {
@@ -333,9 +328,8 @@ struct Runner {
     __device__ __forceinline__ void copy(char* to, const void* base, i64 row_stride, i64 token_stride,
                                          const Piece& at, int first, int count) const {
         From::template fetch<FULL>(
-            to, base,
-                    of.row.batch * row_stride + (of.row.first + at.token) * token_stride + first,
-                    at.rows, count, lane);
+            to, base, of.row.batch * row_stride + (of.row.first + at.token) * token_stride + first,
+            at.rows, count, lane);
     }
     template <bool FULL>
     __device__ __forceinline__ void fetch_some(const Piece& at) const {
