@@ -35,7 +35,7 @@ static int __popc(unsigned v) { return __builtin_popcount(v); }
 using std::max;
 using std::min;
 
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 static float* emulated_shared;
 
 // ---- fibers ---------------------------------------------------------------------------------------

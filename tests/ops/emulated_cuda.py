@@ -107,7 +107,7 @@ def runnable(source: str, name: str, threads: int, shared: int, before: str = ""
 #endif
 static void body(const void* p) {{ {name}(*static_cast<const Parameters*>(p)); }}
 extern "C" int emulate(unsigned columns, unsigned rows, const void* parameters) {{
-    emulated_body = body, emulated_parameters = parameters;
+    emulated_body = body, emulated_parameters = parameters, gridDim = {{columns, rows, 1}};
     for (unsigned y = 0; y < rows; y++)
         for (unsigned x = 0; x < columns; x += CLUSTER) {{
             blockIdx = {{x, y, 0}};

@@ -9,8 +9,8 @@ from tests.ops.emulated_cuda import NUMBERS, EmulatedKernel, compiled, runnable,
 from widefield.ops import _nvrtc
 
 _REPLACED = (
-    *NUMBERS, "prefetch", "shared_at", "shared_of", "rank_of_block", "meet", "look", "hand",
-    "look_up", "announce", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
+    *NUMBERS, "prefetch", "shared_at", "shared_of", "place_of", "rank_of_block", "meet", "look", "hand",
+    "look_up", "announce", "look_far", "announce_far", "read_far", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
 )  # fmt: skip
 # An address in shared memory is an offset from the first block's.
 _EMULATED = """
@@ -21,13 +21,14 @@ static unsigned shared_at(const void* generic) {
 static unsigned shared_of(unsigned block, unsigned address) {
     return address + (block - rank_of_fiber()) * 4 * (unsigned)block_shared;
 }
+static unsigned long place_of(unsigned address) { return address; }
 static unsigned rank_of_block() { return rank_of_fiber(); }
 static void meet() { meet_cluster(); }
 static char* at_address(unsigned address) {
     return reinterpret_cast<char*>(emulated_shared) + address;
 }
 static u64_ look(unsigned from) { return *reinterpret_cast<u64_*>(at_address(from)); }
-static void hand(unsigned to, float state, unsigned tag) {
+static void hand(unsigned long to, float state, unsigned tag) {
     *reinterpret_cast<u64_*>(at_address(to)) = (u64_)tag << 32 | __float_as_uint(state);
     idle = 0;
 }
@@ -36,6 +37,9 @@ static void announce(unsigned to, unsigned v) {
     *reinterpret_cast<unsigned*>(at_address(to)) = v;
     idle = 0;
 }
+static unsigned look_far(const unsigned* from) { return *from; }
+static void announce_far(unsigned* to, unsigned v) { *to = v; }
+static float read_far(const float* from) { return *from; }
 static void let_others() { give_way(); }
 static void copy16(char* to, const char* from, int count) {
     std::memset(to, 0, 16);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -35,16 +34,17 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
 HAS_CLUSTERS = not ON_GPU or torch.cuda.get_device_capability() >= (9, 0)
 
-SMALL = relay.Layout(groups=1, cluster=1, warps=2, tile=4)
+SMALL = relay.Layout(clusters=2, cluster=1, warps=2, tile=4)
 LAYOUTS = [
     SMALL,
-    relay.Layout(groups=3, cluster=1, warps=3, tile=8),
-    relay.Layout(groups=2, cluster=1, warps=2, columns=32, tile=4),
-    relay.Layout(groups=1, cluster=1, warps=2, columns=8, tile=4),
+    relay.Layout(clusters=3, cluster=1, warps=3, tile=8),
+    relay.Layout(clusters=3, cluster=1, warps=2, columns=32, tile=4),
+    relay.Layout(clusters=14, cluster=1, warps=2, columns=8, tile=4),
+    relay.Layout(clusters=16, cluster=1, warps=2, tile=4),
 ]
 IN_CLUSTERS = [
-    relay.Layout(groups=1, cluster=2, warps=2, tile=4),
-    relay.Layout(groups=3, cluster=2, warps=2, tile=16),
+    relay.Layout(clusters=1, cluster=2, warps=2, tile=4),
+    relay.Layout(clusters=3, cluster=2, warps=2, tile=16),
 ]
 
 
@@ -199,7 +199,7 @@ class TestOnGpu:
         inputs = scan_inputs(1, length, 24, dtype=dtype)
         wide = {name: getattr(inputs, name).float() for name in ("x", "delta", "B", "C", "z")}
         truth = cpu.selective_scan(inputs.replace(**wide))
-        layout = relay.Layout(groups=2, cluster=cluster, warps=12)
+        layout = relay.Layout(clusters=1, cluster=cluster, warps=12)
         y, state = relay.selective_scan(moved(inputs, "cuda"), LayerPlan(), layout)
         rounding = error(truth[0].to(dtype), truth[0].double())
         assert error(y.cpu(), truth[0].double()) < 2 * rounding + 1e-5
@@ -214,7 +214,7 @@ class TestOnGpu:
         inputs = moved(small, "cuda").replace(
             x=x, z=x, delta=x - 1, B=B, C=B.flip(1), initial_state=None
         )
-        y, state = relay.selective_scan(inputs, LayerPlan(), relay.Layout(cluster, cluster))
+        y, state = relay.selective_scan(inputs, LayerPlan(), relay.Layout(128 // cluster - 4, cluster))
         ends = {name: getattr(inputs, name)[:, -last:] for name in ("x", "z", "delta", "B", "C")}
         expected = reference.selective_scan(inputs.replace(**ends))
         assert error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3
@@ -260,12 +260,12 @@ def test_the_struct_is_the_one_of_the_kernel() -> None:
 @pytest.mark.parametrize(
     ("channels", "narrow", "expected"),
     [
-        (2048, True, relay.Layout(1, 1, 16)),
-        (2048, False, relay.Layout(1, 1, 12)),
-        (1024, True, relay.Layout(1, 2, 16)),
-        (4096, True, relay.Layout(2, 1, 16)),
-        (3072, True, relay.Layout(3, 2, 16)),
-        (8192, True, relay.Layout(4, 1, 16)),
+        (2048, True, relay.Layout(128, 1, 16)),
+        (2048, False, relay.Layout(128, 1, 12)),
+        (1024, True, relay.Layout(64, 2, 16)),
+        (1536, True, relay.Layout(66, 2, 16)),
+        (4096, True, relay.Layout(132, 1, 16)),
+        (8192, True, relay.Layout(132, 1, 16)),
     ],
 )
 def test_a_layout_keeps_all_multiprocessors_busy(
@@ -275,7 +275,7 @@ def test_a_layout_keeps_all_multiprocessors_busy(
         multi_processor_count=132, shared_memory_per_block_optin=232_448, major=9
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
-    layout = relay.layout_of.__wrapped__(0, 1, channels, 16, (int(narrow),) * 5, True)
+    shape = relay._Shape(1, 1, channels, 16, (int(narrow),) * 5, True)
+    layout = relay.layout_of.__wrapped__(0, shape)
     assert layout == expected
-    alone = dataclasses.replace(layout, cluster=1)
-    assert alone.shared_bytes(16, (int(narrow),) * 5, True) <= 232_448
+    assert relay._shared_bytes(layout, shape) <= 232_448

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +31,29 @@ POINTERS = (
     "x", "delta", "B", "C", "z", "skip", "bias", "A", "floor", "scale", "decay", "initial", "valid",
     "ends", "y", "final",
 )  # fmt: skip
-_PACKED = struct.Struct(f"{len(POINTERS)}Q")
+_PACKED, _POINTER = struct.Struct(f"{len(POINTERS)}Q"), struct.Struct("Q")
 _MOST = 4096
 
 Given = tuple[Any, ...]  # tensors or None, in the order of POINTERS, without the last two
-Launch = tuple[
-    _nvrtc.Kernel, tuple[int, int, int], bytes
-]  # the bytes of the struct behind pointers
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is told but for its pointers.
+
+    Attributes:
+        kernel: what runs.
+        grid: how many blocks.
+        rest: the bytes of its struct behind the pointers.
+        signals: how many int32 zeros blocks tell each other by; the struct has a pointer to them
+            behind those of `POINTERS`. None if it has no such pointer.
+    """
+
+    kernel: _nvrtc.Kernel
+    grid: tuple[int, int, int]
+    rest: bytes
+    signals: int | None = None
+
+
 # By likeness.
 _launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -122,12 +138,18 @@ def scan(
 
 def run(launch: Launch, tensors: Given) -> tuple[Tensor, Tensor]:
     """Launch a kernel for tensors that it can read; gives y and the final states."""
-    kernel, grid, rest = launch
     x, A = tensors[0], tensors[7]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    final = torch.empty((grid[1], *A.shape), dtype=torch.float32, device=x.device)
-    packed = _PACKED.pack(*_places(tensors), y.data_ptr(), final.data_ptr())
-    kernel.launch(grid, ctypes.create_string_buffer(packed + rest, len(packed) + len(rest)))
+    rows = rows_of(x, tensors[13])
+    final = torch.empty((rows, *A.shape), dtype=torch.float32, device=x.device)
+    told = _PACKED.pack(*_places(tensors), y.data_ptr(), final.data_ptr())
+    if launch.signals:
+        signals = torch.zeros(launch.signals, dtype=torch.int32, device=x.device)
+        told += _POINTER.pack(signals.data_ptr())
+    elif launch.signals == 0:
+        told += _POINTER.pack(0)
+    told += launch.rest
+    launch.kernel.launch(launch.grid, ctypes.create_string_buffer(told, len(told)))
     return y, final
 
 

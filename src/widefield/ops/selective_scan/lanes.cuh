@@ -189,7 +189,7 @@ struct Projection {
 };
 
 // Which numbers of a tile are frozen, of those that are close to a limit.
-__device__ __noinline__ u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
+__device__ SELDOM u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
                                    int rows, float limit, float second) {
     u32 frozen = 0;
 #pragma unroll 1

@@ -174,7 +174,8 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     kinds, ends = _calls.kinds_of(tensors[:7]), tensors[13]
     ends_kind = 0 if ends is None else ends.element_size() // 4
     kernel = _kernel(device, layout, states, kinds, _flags(tensors, softplus), ends_kind)
-    return kernel, (-(-channels // layout.channels), rows, 1), _behind_pointers(tensors)
+    grid = (-(-channels // layout.channels), rows, 1)
+    return _calls.Launch(kernel, grid, _behind_pointers(tensors))
 
 
 def _flags(tensors: _calls.Given, softplus: bool) -> tuple[bool, ...]:

@@ -101,8 +101,14 @@ __device__ __forceinline__ float sigmoid(float v) {
     return reciprocal(1.0f + exp_of(-v));
 }
 
+// What is seldom called. A kernel can ask for it in line: a call in it, even one that is never made,
+// lets the compiler no longer know that the threads of a warp stay together.
+#ifndef SELDOM
+#define SELDOM __noinline__
+#endif
+
 // Whether softplus(v) * scale lies below a floor, as torch computes it on a GPU, bit for bit.
-__device__ __noinline__ bool below_floor(float v, float scale, float floor) {
+__device__ SELDOM bool below_floor(float v, float scale, float floor) {
     return (v > 20.0f ? v : log1pf(expf(v))) * scale < floor;
 }
 

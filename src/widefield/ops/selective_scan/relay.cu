@@ -1,9 +1,9 @@
 // The selective scan's forward for few long rows, compiled at run time for one set of the macros
 // below.
 //
-// A cluster of CLUSTER blocks owns GROUPS groups of COLUMNS channels of one row. Its warps take pieces
-// of TILES tiles of TILE tokens: a lane has one tile of one channel, whose Δ and Δ·x are in its
-// registers, and goes through the states one after the other. Of each it first makes
+// A cluster of CLUSTER blocks walks through the tokens of COLUMNS channels of one row at a time. Its
+// warps take pieces of TILES tiles of TILE tokens: a lane has one tile of one channel, whose Δ and Δ·x
+// are in its registers, and goes through the states one after the other. Of each it first makes
 //
 //     the decays a_t = exp(Δ_t A), the writes w_t = Δ_t x_t B_t,
 //     H = what the tile leaves behind when it begins with nothing, and P = exp(A Σ Δ_t),
@@ -13,15 +13,24 @@
 // through its tokens from the state before each tile. So every decay is computed once, though the
 // sequence is cut up, and from piece to piece there is but one multiply-add.
 //
-// A task is WARPS pieces of a group, for the warps of a block. Tasks are numbered in the order of time,
-// those of the cluster's groups by turns, and so are its blocks: task i is of block i modulo CLUSTER.
-// States go from warp to warp through shared memory, and from the last warp of a block to the first of
-// the next, each together with a tag that says whose it is. What a warp reads for its next piece is
-// copied to shared memory while it is busy with the one before.
+// A task is SQUAD pieces that follow each other, for some warps of a block. A cluster's squads take its
+// tasks by turns, and of two that follow each other no two are of one block, if there are several.
+// States go from warp to warp through shared memory, and from the last warp of a squad to the first of
+// the next, each together with a tag that says whose it is. What a warp reads for its next piece is copied to shared memory while it is busy
+// with the one before.
+//
+// All clusters have the same number of tasks, though they have not the same number of groups of
+// channels. Put the tasks of all groups of all rows in one line, those of a group in the order of
+// time, and cut it into as many parts of one length as there are clusters. A group that lies across a
+// cut has its early tasks in one part and its late ones in the next. A cluster takes the groups of
+// its part from the last to the first: what is early of a group comes first, what is late comes last,
+// and unless a part is shorter than a group, the states that late tasks need are there by then. They
+// come through global memory: through `final`, and `arrived` says that they are there. A cluster
+// waits for the one before it only, so that all come to an end, however many run at once.
 //
 //   the macros of lanes.cuh, with PER_LANE 1
 //   COLUMNS   channels of a group: 8, 16 or 32
-//   GROUPS    of a cluster
+//   SEGMENTS  groups, whole or in part, of a cluster: no more than so many
 //   CLUSTER   blocks of a cluster
 //   WARPS     of a block
 //   DECAY INITIAL  0 or 1
@@ -31,6 +40,7 @@
 //   ALIGNED_BC  1: and so can B and C
 //   SHARED    bytes of shared memory, as launched
 
+#define SELDOM __forceinline__
 #include "numbers.cuh"
 
 constexpr bool LIMITS = FLOOR && SOFTPLUS;
@@ -43,18 +53,25 @@ struct Parameters {
     const void* ends;
     void* y;
     float* final;
+    u32* arrived;  // of each cluster, 0: whether the states are there behind its first segment
     i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
     i64 valid_token, length;
-    int floor_row, scale_row, decay_row;
+    int rows, floor_row, scale_row, decay_row;
 };
 
 #include "lanes.cuh"
 
 constexpr int TILES = 32 / COLUMNS;
 constexpr int PIECE = TILES * TILE;       // tokens
-constexpr int TASK = WARPS * PIECE;       // tokens
-constexpr int OWNED = GROUPS * COLUMNS;   // channels of a cluster
-constexpr int FIELD = STATES * COLUMNS;   // a number for every state and channel of a group
+// Warps of a block whose pieces follow each other. Blocks of a cluster take turns squad by squad, so
+// that the warps of a block are busy with different things: half of what they do is beside the loop
+// over the states.
+constexpr int SQUAD = CLUSTER > 1 && WARPS % 4 == 0 ? 4 : WARPS;
+constexpr int SQUADS = WARPS / SQUAD;
+constexpr int WORKERS = SQUADS * CLUSTER;  // squads of a cluster
+constexpr int TASK = SQUAD * PIECE;        // tokens
+constexpr int GROUPS = (CHANNELS + COLUMNS - 1) / COLUMNS;  // of a row
+constexpr int FIELD = STATES * COLUMNS;                     // numbers, one for every state and channel of a group
 
 static_assert(PER_LANE == 1 && WARPS > 1, "a lane has one channel, a block several warps");
 
@@ -95,15 +112,36 @@ __device__ __forceinline__ void meet() {
 #define RELAXED_HERE RELAXED
 #endif
 
+// Where a state is handed on to: an address in shared memory, and if that may be another block's, one
+// that says whose.
+#if CLUSTER > 1
+typedef u64 Place;
+#else
+typedef u32 Place;
+#endif
+__device__ __forceinline__ Place place_of(u32 address) {
+#if CLUSTER > 1
+    Place place;
+    asm("cvta.shared::cluster.u64 %0, %1;" : "=l"(place) : "l"(static_cast<u64>(address)));
+    return place;
+#else
+    return address;
+#endif
+}
+
 // A state and its tag, read and written at once.
 __device__ __forceinline__ u64 look(u32 from) {
     u64 both;
     asm volatile("ld." RELAXED_HERE ".b64 %0, [%1];" : "=l"(both) : "r"(from));
     return both;
 }
-__device__ __forceinline__ void hand(u32 to, float state, u32 tag) {
-    asm volatile("st." RELAXED ".b64 [%0], %1;" ::"r"(to),
-                 "l"(static_cast<u64>(tag) << 32 | __float_as_uint(state)));
+__device__ __forceinline__ void hand(Place to, float state, u32 tag) {
+    u64 both = static_cast<u64>(tag) << 32 | __float_as_uint(state);
+#if CLUSTER > 1
+    asm volatile("st.relaxed.cluster.b64 [%0], %1;" ::"l"(to), "l"(both));
+#else
+    asm volatile("st." RELAXED ".b64 [%0], %1;" ::"r"(to), "l"(both));
+#endif
 }
 __device__ __forceinline__ u32 tag_of(u64 both) { return static_cast<u32>(both >> 32); }
 __device__ __forceinline__ float state_of(u64 both) {
@@ -117,6 +155,22 @@ __device__ __forceinline__ u32 look_up(u32 from) {
 }
 __device__ __forceinline__ void announce(u32 to, u32 v) {
     asm volatile("st." RELAXED_HERE ".b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+// By these clusters do.
+__device__ __forceinline__ u32 look_far(const u32* from) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void announce_far(u32* to, u32 v) {
+    asm volatile("fence.acq_rel.gpu; st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v)
+                 : "memory");
+}
+// What another cluster may have written.
+__device__ __forceinline__ float read_far(const float* from) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
 }
 // Whoever waits calls this in the loop.
 __device__ __forceinline__ void let_others() {}
@@ -138,6 +192,11 @@ __device__ __forceinline__ void copies_wait() {
 // A value that is kept in its register, not computed again.
 __device__ __forceinline__ float opaque(float v) {
     asm volatile("" : "+f"(v));
+    return v;
+}
+// A value of which the compiler does not know whence it comes.
+__device__ __forceinline__ int unknown(int v) {
+    asm volatile("" : "+r"(v));
     return v;
 }
 
@@ -214,131 +273,218 @@ using CopiedC = Copied<C_KIND, C_TOKEN, STATES, ALIGNED_BC>;
 
 constexpr int PITCH = TILE + 4;  // of a state in B or C of a tile, in floats
 
+// B or C of a tile; lanes of different tiles read at the same time: from different banks.
+struct Tile {
+    float of[STATES][PITCH], padding[4];
+};
+// A warp's part of a task.
+struct Piece {
+    u32 segment, task;
+    int rows;  // tokens that exist; 0: none
+};
+
 struct WarpShared {
-    float B[TILES][STATES][PITCH], C[TILES][STATES][PITCH];
+    Tile B[TILES], C[TILES];
     char x[CopiedX::SIZE], delta[CopiedDelta::SIZE], z[HAS_Z ? CopiedZ::SIZE : 16];
     char B_raw[CopiedB::SIZE], C_raw[CopiedC::SIZE];
+    Piece piece[2];  // this one and the next, by turns
+    u32 round;
+    u32 unused;
+};
+
+// Tasks of one group that a cluster has.
+struct Segment {
+    u32 first, end;  // tasks
+    int group;
+    u32 row;
 };
 
 struct alignas(16) Shared {
     WarpShared warp[WARPS];
-    u64 before[2][FIELD];           // the state before the block's task, in even and in odd rounds
-    u64 between[WARPS - 1][FIELD];  // and between its warps
-    float rates[GROUPS * FIELD + COLUMNS];
-    float bias[OWNED], scale[OWNED], skip[OWNED], low[OWNED], high[OWNED];
+    u64 before[SQUADS][2][FIELD];        // the state before a squad's task, in even and odd rounds
+    u64 between[WARPS - SQUADS][FIELD];  // and between its warps
+    Segment segment[SEGMENTS];
+    float rates[SEGMENTS][FIELD];
+    float bias[SEGMENTS][COLUMNS], scale[SEGMENTS][COLUMNS], skip[SEGMENTS][COLUMNS];
+    float low[SEGMENTS][COLUMNS];
+    u32 doubtful;   // whether any of the limits before the softplus is
+    u32 segments;   // of the cluster
+    u32 rank;       // of the block in its cluster
     u32 done[WARPS];  // rounds of which a warp needs nothing any more
 };
 
-// ---- what a block works on ----------------------------------------------------------------------
-
-__device__ __forceinline__ Sequence sequence_of(const Parameters& p, i64 row) {
-    i64 first = ENDS ? end_at<ENDS>(p.ends, row) : 0;
-    return {row, ENDS ? 0 : row, first, ENDS ? end_at<ENDS>(p.ends, row + 1) - first : p.length};
+// Shuffled: what threads know anyway is otherwise asked for again and again, in the loop over states.
+__device__ __forceinline__ int number_of_lane() {
+    int lane = unknown(threadIdx.x % 32);
+    return __shfl_sync(~0u, lane, lane);
 }
+__device__ __forceinline__ int number_of_warp() {
+    return __shfl_sync(~0u, unknown(threadIdx.x / 32), 0);
+}
+
+// ---- what a block works on ----------------------------------------------------------------------
 
 struct Block {
     const Parameters& p;
     Shared& shared;
-    Sequence row;
-    u32 tasks;  // of a group
-    u32 rank;   // of the block in its cluster
-    int lane, warp, first_channel, count;  // count: of the cluster's channels that exist
+    i64 length;     // of the sequences
+    u32 tasks;      // of a group
+    int lane, warp;
 
     __device__ __forceinline__ Block(const Parameters& given, Shared& block)
-        : p(given), shared(block), row(sequence_of(given, blockIdx.y)) {
-        tasks = static_cast<u32>((row.length + TASK - 1) / TASK);
-        rank = rank_of_block();
-        // By shuffles: what threads know anyway is otherwise asked for again and again, in the loop.
-        lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);
-        warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-        first_channel = blockIdx.x / CLUSTER * OWNED;
-        count = min(OWNED, CHANNELS - first_channel);
+        : p(given), shared(block) {
+        length = ENDS ? end_at<ENDS>(p.ends, blockIdx.y + 1) - end_at<ENDS>(p.ends, blockIdx.y)
+                      : p.length;
+        tasks = static_cast<u32>((length + TASK - 1) / TASK);
+        lane = number_of_lane(), warp = number_of_warp();
     }
     __device__ __forceinline__ int rows_from(i64 token, int most) const {
-        i64 left = row.length - token;
+        i64 left = length - token;
         return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
     }
-    __device__ __forceinline__ i64 state_at(int column, int n) const {
-        return (row.row * CHANNELS + first_channel + column) * STATES + n;
+    __device__ __forceinline__ Sequence sequence_of(u32 row) const {
+        return {row, ENDS ? 0 : row, ENDS ? end_at<ENDS>(p.ends, row) : 0, length};
+    }
+    // How many of a group's channels exist.
+    __device__ __forceinline__ static int count_of(int group) {
+        return min(COLUMNS, CHANNELS - group * COLUMNS);
+    }
+    __device__ __forceinline__ static i64 state_at(u32 row, int channel, int n) {
+        return (static_cast<i64>(row) * CHANNELS + channel) * STATES + n;
+    }
+    // Of all clusters, for `arrived`.
+    __device__ __forceinline__ static u32 cluster() {
+        return (blockIdx.y * gridDim.x + blockIdx.x) / CLUSTER;
     }
 
-    // What the block knows of its channels, by all of its threads.
+    // The cluster's part of the line, by all threads of the block.
+    __device__ __forceinline__ void divide() const {
+        u32 clusters = gridDim.x / CLUSTER, me = blockIdx.x / CLUSTER;
+        u64 line = static_cast<u64>(ENDS ? 1 : p.rows) * GROUPS * tasks;
+        u64 part = (line + clusters - 1) / clusters, from = min(me * part, line);
+        u64 to = min(from + part, line);
+        u64 highest = (to - 1) / tasks, lowest = from / tasks;
+        u32 segments = from < to ? static_cast<u32>(highest - lowest) + 1 : 0;
+        if (threadIdx.x == 0)
+            shared.segments = segments, shared.rank = rank_of_block(), shared.doubtful = 0;
+        for (u32 i = threadIdx.x; i < segments; i += WARPS * 32) {
+            u64 group = highest - i;
+            u32 first = group == lowest ? static_cast<u32>(from - lowest * tasks) : 0;
+            u32 end = group == highest ? static_cast<u32>(to - highest * tasks) : tasks;
+            shared.segment[i] = {first, end, static_cast<int>(group % GROUPS),
+                                 ENDS ? blockIdx.y : static_cast<u32>(group / GROUPS)};
+        }
+    }
+    // What it knows of its channels.
     __device__ __forceinline__ void prepare() const {
-        for (int i = threadIdx.x; i < 2 * FIELD; i += WARPS * 32) shared.before[0][i] = 0;
-        for (int i = threadIdx.x; i < (WARPS - 1) * FIELD; i += WARPS * 32) shared.between[0][i] = 0;
+        for (int i = threadIdx.x; i < SQUADS * 2 * FIELD; i += WARPS * 32)
+            shared.before[0][0][i] = 0;
+        for (int i = threadIdx.x; i < (WARPS - SQUADS) * FIELD; i += WARPS * 32)
+            shared.between[0][i] = 0;
         if (threadIdx.x < WARPS) shared.done[threadIdx.x] = 0;
+        divide();
         __syncthreads();
-        for (int i = threadIdx.x; i < GROUPS * FIELD; i += WARPS * 32) {
-            int column = i / FIELD * COLUMNS + i % COLUMNS, n = i / COLUMNS % STATES;
+        for (u32 i = threadIdx.x; i < shared.segments * FIELD; i += WARPS * 32) {
+            const Segment& of = shared.segment[i / FIELD];
+            int column = i % COLUMNS, n = i / COLUMNS % STATES, d = of.group * COLUMNS + column;
             float rate = 0.0f;
-            if (column < count) {
-                int d = first_channel + column;
-                float scale = DECAY ? p.decay[row.row * p.decay_row + d] : 1.0f;
+            if (d < CHANNELS) {
+                float scale = DECAY ? p.decay[of.row * p.decay_row + d] : 1.0f;
                 // A = -inf forgets at once, but a frozen or padded token must not make it NaN.
                 rate = max_or_nan(p.A[static_cast<i64>(d) * STATES + n] * scale * LOG2E, -3e38f);
-                // A sequence without tokens ends as it begins.
-                if (ENDS && tasks == 0 && rank == 0)
-                    p.final[state_at(column, n)] = INITIAL ? p.initial[state_at(column, n)] : 0.0f;
             }
-            shared.rates[i] = rate;
+            shared.rates[0][i] = rate;
         }
-        for (int c = warp; c < OWNED; c += WARPS) {
-            int d = min(first_channel + c, CHANNELS - 1);
-            float scale = SCALE ? p.scale[row.row * p.scale_row + d] : 1.0f;
-            float floor = FLOOR ? p.floor[row.row * p.floor_row + d] : 0.0f;
+        for (u32 i = warp; i < shared.segments * COLUMNS; i += WARPS) {
+            const Segment& of = shared.segment[i / COLUMNS];
+            int c = i % COLUMNS, d = min(of.group * COLUMNS + c, CHANNELS - 1);
+            float scale = SCALE ? p.scale[of.row * p.scale_row + d] : 1.0f;
+            float floor = FLOOR ? p.floor[of.row * p.floor_row + d] : 0.0f;
             Limit limit = LIMITS ? limit_of<32>(scale, floor, lane) : Limit{floor, floor};
-            shared.low[c] = limit.low, shared.high[c] = limit.high, shared.scale[c] = scale;
-            shared.bias[c] = HAS_BIAS ? number_at<BIAS_KIND>(p.bias, d) : 0.0f;
-            shared.skip[c] = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, d) : 0.0f;
+            if (LIMITS && limit.doubtful()) shared.doubtful = 1;
+            shared.low[0][i] = limit.low, shared.scale[0][i] = scale;
+            shared.bias[0][i] = HAS_BIAS ? number_at<BIAS_KIND>(p.bias, d) : 0.0f;
+            shared.skip[0][i] = HAS_SKIP ? number_at<SKIP_KIND>(p.skip, d) : 0.0f;
         }
-        if (threadIdx.x < COLUMNS) shared.rates[GROUPS * FIELD + threadIdx.x] = 0.0f;
         meet();
+    }
+    // A sequence without tokens ends as it begins.
+    __device__ __forceinline__ void keep_states() const {
+        for (u32 i = blockIdx.x * WARPS * 32 + threadIdx.x; i < CHANNELS * STATES;
+             i += gridDim.x * WARPS * 32) {
+            i64 at = state_at(blockIdx.y, 0, 0) + i;
+            p.final[at] = INITIAL ? p.initial[at] : 0.0f;
+        }
     }
 };
 
 // ---- the scan -----------------------------------------------------------------------------------
 
-// A warp's part of a task.
-struct Piece {
-    u32 task;   // among those of all groups
-    int group;
-    i64 token;  // the first one
-    int rows;   // tokens that exist; 0: none
-};
-
 struct Runner {
     const Block& of;
+    int warp, squad, place;  // place: in its squad
     WarpShared& mine;
     int lane, tile, column;
 
     __device__ __forceinline__ explicit Runner(const Block& block)
-        : of(block), mine(block.shared.warp[block.warp]), lane(block.lane) {
+        : of(block), warp(number_of_warp()), mine(block.shared.warp[warp]), lane(number_of_lane()) {
         tile = lane / COLUMNS, column = lane % COLUMNS;
+        squad = warp / SQUAD, place = warp % SQUAD;
+    }
+    // The number of the warp's squad among those of the cluster, in the order of time.
+    __device__ __forceinline__ u32 worker() const { return squad * CLUSTER + of.shared.rank; }
+
+    // What a warp needs again behind the loop over the states lies in shared memory meanwhile: registers
+    // are short there.
+    __device__ __forceinline__ void keep(const Piece& piece, u32 round) const {
+        volatile Piece& to = mine.piece[round & 1];
+        if (lane == 0) to.segment = piece.segment, to.task = piece.task, to.rows = piece.rows;
+        __syncwarp();
+    }
+    __device__ __forceinline__ u32 kept_round() const {
+        return *const_cast<const volatile u32*>(&mine.round);
+    }
+    __device__ __forceinline__ Piece kept(u32 round) const {
+        const volatile Piece& from = mine.piece[round & 1];
+        return {from.segment, from.task, from.rows};
     }
 
-    __device__ __forceinline__ Piece piece_of(u32 round) const {
-        u32 task = round * CLUSTER + of.rank, number = task / GROUPS;
-        i64 token = (static_cast<i64>(number) * WARPS + of.warp) * PIECE;
-        int group = static_cast<int>(task % GROUPS);
-        bool here = number < of.tasks && group * COLUMNS < of.count;
-        return {task, group, token, here ? of.rows_from(token, PIECE) : 0};
+    // The warp's piece of the task so many behind one of the cluster's.
+    __device__ __forceinline__ Piece piece_behind(u32 segment, u32 task, u32 steps) const {
+        task += steps;
+        while (segment < of.shared.segments && task >= of.shared.segment[segment].end) {
+            task -= of.shared.segment[segment].end;
+            if (++segment < of.shared.segments) task += of.shared.segment[segment].first;
+        }
+        Piece piece = {segment, task, 0};
+        if (segment < of.shared.segments) piece.rows = of.rows_from(first_token(piece), PIECE);
+        return piece;
+    }
+    __device__ __forceinline__ i64 first_token(const Piece& at) const {
+        return (static_cast<i64>(at.task) * SQUAD + place) * PIECE;
+    }
+    __device__ __forceinline__ bool is_last_task(const Piece& at) const {
+        return at.task + 1 == of.shared.segment[at.segment].end;
     }
 
     template <typename From, bool FULL>
     __device__ __forceinline__ void copy(char* to, const void* base, i64 row_stride, i64 token_stride,
-                                         const Piece& at, int first, int count) const {
+                                         const Piece& at, const Sequence& row, int first,
+                                         int count) const {
         From::template fetch<FULL>(
-            to, base, of.row.batch * row_stride + (of.row.first + at.token) * token_stride + first,
+            to, base, row.batch * row_stride + (row.first + first_token(at)) * token_stride + first,
             at.rows, count, lane);
     }
     template <bool FULL>
     __device__ __forceinline__ void fetch_some(const Piece& at) const {
         const Parameters& p = of.p;
-        int first = of.first_channel + at.group * COLUMNS, count = min(COLUMNS, CHANNELS - first);
-        copy<CopiedDelta, FULL>(mine.delta, p.delta, p.delta_row, DELTA_TOKEN, at, first, count);
-        copy<CopiedX, FULL>(mine.x, p.x, p.x_row, X_TOKEN, at, first, count);
-        copy<CopiedB, FULL>(mine.B_raw, p.B, p.B_row, B_TOKEN, at, 0, STATES);
-        copy<CopiedC, FULL>(mine.C_raw, p.C, p.C_row, C_TOKEN, at, 0, STATES);
+        const Segment& segment = of.shared.segment[at.segment];
+        int first = segment.group * COLUMNS, count = of.count_of(segment.group);
+        Sequence row = of.sequence_of(segment.row);
+        copy<CopiedDelta, FULL>(mine.delta, p.delta, p.delta_row, DELTA_TOKEN, at, row, first, count);
+        copy<CopiedX, FULL>(mine.x, p.x, p.x_row, X_TOKEN, at, row, first, count);
+        copy<CopiedB, FULL>(mine.B_raw, p.B, p.B_row, B_TOKEN, at, row, 0, STATES);
+        copy<CopiedC, FULL>(mine.C_raw, p.C, p.C_row, C_TOKEN, at, row, 0, STATES);
     }
     __device__ __forceinline__ void fetch(const Piece& at) const {
         if (EVEN && at.rows == PIECE)
@@ -348,16 +494,17 @@ struct Runner {
         copies_commit();
     }
     __device__ __forceinline__ void fetch_gate(const Piece& at) const {
-        int first = of.first_channel + at.group * COLUMNS, count = min(COLUMNS, CHANNELS - first);
-        if (HAS_Z && at.rows > 0)
-            copy<CopiedZ, false>(mine.z, of.p.z, of.p.z_row, Z_TOKEN, at, first, count);
+        if (HAS_Z && at.rows > 0) {
+            const Segment& segment = of.shared.segment[at.segment];
+            copy<CopiedZ, false>(mine.z, of.p.z, of.p.z_row, Z_TOKEN, at, of.sequence_of(segment.row),
+                                 segment.group * COLUMNS, of.count_of(segment.group));
+        }
         copies_commit();
     }
 
     // B or C as floats, the tokens of a state side by side.
     template <typename From, int KIND>
-    __device__ __forceinline__ void spread(float (&to)[TILES][STATES][PITCH],
-                                           const char* from) const {
+    __device__ __forceinline__ void spread(Tile (&to)[TILES], const char* from) const {
 #pragma unroll
         for (int i = 0; i < TILES * STATES; i += 32) {
             int tile = (i + lane) / STATES, n = (i + lane) % STATES;
@@ -368,7 +515,7 @@ struct Runner {
                 float v[4];
 #pragma unroll
                 for (int k = 0; k < 4; k++) v[k] = widen<KIND>(From::read(here + (t + k) * From::ROW));
-                *reinterpret_cast<float4*>(&to[tile][n][t]) = make_float4(v[0], v[1], v[2], v[3]);
+                *reinterpret_cast<float4*>(&to[tile].of[n][t]) = make_float4(v[0], v[1], v[2], v[3]);
             }
         }
     }
@@ -398,7 +545,9 @@ struct Runner {
 
     // Where a warp finds the states before its piece, and where it leaves those behind it.
     struct Baton {
-        u32 from, to, tag_in, tag_out;
+        u32 from;
+        Place to;
+        u32 tag_in, tag_out;
     };
     __device__ __forceinline__ float relay(const Baton& baton, const Passage& own, u64 given) const {
         while (!__all_sync(~0u, tag_of(given) == baton.tag_in)) {
@@ -410,59 +559,117 @@ struct Runner {
         return TILES == 1 ? state : fmaf(own.kept_before, state, own.left_before);
     }
 
-    // The first warp of a sequence's first task finds the states here as if they had been handed on.
-    __device__ __forceinline__ void start(const Piece& at, u32 from) const {
-        int c = at.group * COLUMNS + column;
-        for (int n = 0; n < STATES; n++)
-            hand(from + 8 * COLUMNS * n,
-                 INITIAL && c < of.count ? of.p.initial[of.state_at(c, n)] : 0.0f, at.task + 1);
+    // The first warp of a segment's first task finds the states here as if they had been handed on.
+    __device__ __forceinline__ void start(const Piece& at, u32 from, u32 tag) const {
+        const Segment& segment = of.shared.segment[at.segment];
+        int d = segment.group * COLUMNS + column;
+        bool goes_on = at.task > 0;
+        while (goes_on && !__all_sync(~0u, look_far(of.p.arrived + of.cluster() - 1))) let_others();
+#pragma unroll 1
+        for (int n = 0; n < STATES; n++) {
+            float state = 0.0f;
+            i64 where = of.state_at(segment.row, d, n);
+            if (d < CHANNELS && goes_on)
+                state = read_far(of.p.final + where);
+            else if (d < CHANNELS && INITIAL)
+                state = of.p.initial[where];
+            hand(place_of(from + 8 * COLUMNS * n), state, tag);
+        }
     }
     // Waits until whoever is handed the states has taken those that lay there before.
     __device__ __forceinline__ Baton begin(const Piece& at, u32 round) const {
         Shared& shared = of.shared;
         u32 from, to, done, enough = round, tag_in = round + 1, tag_out = round + 1;
-        if (of.warp > 0) {
-            from = shared_at(shared.between[of.warp - 1]) + 8 * column;
+        u32 turn = round * WORKERS + worker();  // among all tasks of the cluster
+        if (place > 0) {
+            from = shared_at(shared.between[warp - squad - 1]) + 8 * column;
         } else {
-            from = shared_at(shared.before[round & 1]) + 8 * column, tag_in = at.task + 1;
-            if (at.task < GROUPS) start(at, from);
+            from = shared_at(shared.before[squad][round & 1]) + 8 * column, tag_in = turn + 1;
+            if (at.task == shared.segment[at.segment].first) start(at, from, tag_in);
         }
-        if (of.warp < WARPS - 1) {
-            to = shared_at(shared.between[of.warp]) + 8 * column;
-            done = shared_at(shared.done + of.warp + 1);
-        } else if (at.task / GROUPS + 1 < of.tasks) {
-            u32 next = at.task + GROUPS, block = next % CLUSTER, its_round = next / CLUSTER;
-            to = shared_of(block, shared_at(shared.before[its_round & 1]) + 8 * column);
-            done = shared_of(block, shared_at(shared.done));
+        if (place < SQUAD - 1) {
+            to = shared_at(shared.between[warp - squad]) + 8 * column;
+            done = shared_at(shared.done + warp + 1);
+        } else if (!is_last_task(at)) {
+            u32 next = turn + 1, its_round = next / WORKERS, its_worker = next % WORKERS;
+            u32 its_squad = its_worker / CLUSTER, block = its_worker % CLUSTER;
+            to = shared_of(block, shared_at(shared.before[its_squad][its_round & 1]) + 8 * column);
+            done = shared_of(block, shared_at(shared.done + its_squad * SQUAD));
             enough = its_round < 2 ? 0 : its_round - 1, tag_out = next + 1;
         } else {
-            // The last of the sequence: where the warp itself has just looked.
+            // The last of the segment: where the warp itself has just looked.
             to = from, done = shared_at(shared.done), enough = 0;
         }
         while (!__all_sync(~0u, look_up(done) >= enough)) let_others();
-        return {from, to, tag_in, tag_out};
+        return {from, place_of(to), tag_in, tag_out};
     }
-    // Of the last piece of a sequence.
-    __device__ __forceinline__ void finish(const Piece& at, const Baton& baton) const {
-        int c = at.group * COLUMNS + column;
-        if (of.warp == WARPS - 1 && at.task / GROUPS + 1 == of.tasks && tile == TILES - 1 && c < of.count)
+    // Of the last piece of a segment, whose states lie where the warp has found the last ones.
+    __device__ __forceinline__ void finish(const Piece& at, u32 states) const {
+        if (place < SQUAD - 1 || !is_last_task(at)) return;
+        const Segment& segment = of.shared.segment[at.segment];
+        int d = segment.group * COLUMNS + column;
+        if (tile == TILES - 1 && d < CHANNELS)
+#pragma unroll 1
             for (int n = 0; n < STATES; n++)
-                of.p.final[of.state_at(c, n)] = state_of(look(baton.to + 8 * COLUMNS * n));
+                of.p.final[of.state_at(segment.row, d, n)] = state_of(look(states + 8 * COLUMNS * n));
+        __syncwarp();
+        if (segment.end < of.tasks && lane == 0) announce_far(of.p.arrived + of.cluster(), 1);
     }
     __device__ __forceinline__ void end(u32 round) const {
         __syncwarp();
-        if (lane == 0) announce(shared_at(of.shared.done + of.warp), round + 1);
+        if (lane == 0) announce(shared_at(of.shared.done + warp), round + 1);
+    }
+
+    // Where the warp stands among the states.
+    struct Walk {
+        Baton baton;
+        const float *rate, *B, *C;  // of the next state to prepare
+    };
+    // All of a state that needs no other tile.
+    struct Ahead {
+        float decay[TILE], write[TILE];
+        Passage own;
+        u64 given;
+    };
+    __device__ __forceinline__ void prepare(Ahead& to, Walk& walk, const float (&step)[TILE],
+                                            const float (&written)[TILE], float total) const {
+        float rate = *walk.rate, b[TILE], left = 0.0f;
+        to.given = look(walk.baton.from);
+        read_square(b, walk.B);
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            to.decay[t] = decay_of(step[t], rate);
+            to.write[t] = written[t] * b[t];
+            left = t ? fmaf(to.decay[t], left, to.write[t]) : to.write[t];
+        }
+        to.own = together(decay_of(total, rate), left);
+        walk.rate += COLUMNS, walk.B += PITCH;
+    }
+    // The states of the tile from the one before it, and what they give to y.
+    __device__ __forceinline__ void advance(const Ahead& of_state, Walk& walk,
+                                            float (&sum)[TILE]) const {
+        float state = relay(walk.baton, of_state.own, of_state.given), c[TILE];
+        walk.baton.from += 8 * COLUMNS, walk.baton.to += 8 * COLUMNS;
+        read_square(c, walk.C);
+        walk.C += PITCH;
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            state = fmaf(of_state.decay[t], state, of_state.write[t]);
+            sum[t] = fmaf(c[t], state, sum[t]);
+        }
     }
 
     template <bool FULL, bool DOUBTS>
-    __device__ __forceinline__ void scan(const Piece& piece, const Piece& next, u32 round) const {
+    __device__ __forceinline__ void scan(const Piece& piece, u32 round) const {
         const Parameters& p = of.p;
         Shared& shared = of.shared;
-        int c = piece.group * COLUMNS + column;
-        Lane at(p, of.row, lane, of.first_channel + c, shared.bias[c], shared.scale[c],
-                shared.skip[c], shared.low[c]);
+        const Segment& segment = shared.segment[piece.segment];
+        Sequence row = of.sequence_of(segment.row);
+        int c = piece.segment * COLUMNS + column;
+        Lane at(p, row, lane, segment.group * COLUMNS + column, shared.bias[0][c],
+                shared.scale[0][c], shared.skip[0][c], shared.low[0][c]);
         int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
-        i64 token = piece.token + tile * TILE;
+        i64 token = first_token(piece) + tile * TILE;
         float step[1][TILE], written[1][TILE], sum[TILE], total = 0.0f;
         {
             Raw<X_KIND> x[TILE];
@@ -478,7 +685,7 @@ struct Runner {
             spread<CopiedC, C_KIND>(mine.C, mine.C_raw);
             at.template make<FULL>(step, written, delta, x, token, rows);
         }
-        if (DOUBTS) at.settle_tile(step, p, of.row.row, token, rows);
+        if (DOUBTS) at.settle_tile(step, p, row.row, token, rows);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             sum[t] = at.skip[0] * written[0][t];
@@ -487,39 +694,32 @@ struct Runner {
         }
         total = opaque(total);
         __syncwarp();
-        fetch(next);
+        fetch(kept(round + 1));
         Baton baton = begin(piece, round);
-        const float* rates = shared.rates + piece.group * FIELD + column;
-        const float *b_from = mine.B[tile][0], *c_from = mine.C[tile][0];
-#pragma unroll 4
+        Walk walk = {baton, shared.rates[piece.segment] + column, mine.B[tile].of[0], mine.C[tile].of[0]};
+        Ahead state;
+#pragma unroll 2
         for (int n = 0; n < STATES; n++) {
-            u64 given = look(baton.from);
-            float rate = rates[n * COLUMNS], b[TILE], c[TILE], decay[TILE], write[TILE];
-            read_square(b, b_from + n * PITCH);
-            float left = 0.0f;
-#pragma unroll
-            for (int t = 0; t < TILE; t++) {
-                decay[t] = decay_of(step[0][t], rate);
-                write[t] = written[0][t] * b[t];
-                left = t ? fmaf(decay[t], left, write[t]) : write[t];
-            }
-            float state = relay(baton, together(decay_of(total, rate), left), given);
-            read_square(c, c_from + n * PITCH);
-#pragma unroll
-            for (int t = 0; t < TILE; t++) {
-                state = fmaf(decay[t], state, write[t]);
-                sum[t] = fmaf(c[t], state, sum[t]);
-            }
-            baton.from += 8 * COLUMNS, baton.to += 8 * COLUMNS;
+            prepare(state, walk, step[0], written[0], total);
+            advance(state, walk, sum);
         }
-        baton.to -= 8 * FIELD;
-        finish(piece, baton);
+        round = kept_round();
+        finish(kept(round), walk.baton.from - 8 * FIELD);
         end(round);
         copies_wait();
         __syncwarp();
-        char* y = static_cast<char*>(p.y) + ((of.row.batch * p.length + of.row.first + token) * CHANNELS +
-                                             at.channel) *
-                                                BYTES<X_KIND>;
+        Runner(of).store<FULL>(kept(round), sum);
+    }
+    template <bool FULL>
+    __device__ __forceinline__ void store(const Piece& piece, const float (&sum)[TILE]) const {
+        const Segment& segment = of.shared.segment[piece.segment];
+        Sequence row = of.sequence_of(segment.row);
+        Lane at(of.p, row, lane, segment.group * COLUMNS + column, 0.0f, 0.0f, 0.0f, 0.0f);
+        int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
+        i64 token = first_token(piece) + tile * TILE;
+        char* y = static_cast<char*>(of.p.y) + ((row.batch * of.p.length + row.first + token) * CHANNELS +
+                                                at.channel) *
+                                                   BYTES<X_KIND>;
         const char* z_at = CopiedZ::at(mine.z, tile * TILE, column);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
@@ -529,7 +729,7 @@ struct Runner {
                 out[0] *= z * sigmoid(z);
             }
             if (VALID && !at.template open<FULL>(token, t, rows)) out[0] = 0.0f;
-            store<X_KIND, FULL && EVEN>(y + t * CHANNELS * BYTES<X_KIND>, out,
+            ::store<X_KIND, FULL && EVEN>(y + t * CHANNELS * BYTES<X_KIND>, out,
                                         FULL || t < rows ? at.count : 0);
         }
     }
@@ -542,35 +742,39 @@ struct Runner {
             relay(baton, {1.0f, 0.0f, 1.0f, 0.0f}, look(baton.from));
             baton.from += 8 * COLUMNS, baton.to += 8 * COLUMNS;
         }
-        baton.to -= 8 * FIELD;
-        finish(piece, baton);
+        finish(piece, baton.from - 8 * FIELD);
         end(round);
     }
 
     __device__ __forceinline__ void run() const {
-        bool doubtful = false;
-        for (int c = 0; c < (LIMITS ? OWNED : 0); c++)
-            doubtful |= Limit{of.shared.low[c], of.shared.high[c]}.doubtful();
-        doubtful = !__all_sync(~0u, !doubtful);
-        Piece piece = piece_of(0);
+        if (of.shared.segments == 0) return;
+        Piece piece = piece_behind(0, of.shared.segment[0].first, worker());
+        u32 round = 0;
         fetch(piece);
         fetch_gate(piece);
+        keep(piece, round);
 #pragma unroll 1
-        for (u32 round = 0; piece.task / GROUPS < of.tasks; round++) {
-            Piece next = piece_of(round + 1);
+        while (piece.segment < of.shared.segments) {
+            {
+                Piece next = piece_behind(piece.segment, piece.task, WORKERS);
+                keep(next, round + 1);
+                if (lane == 0) *const_cast<volatile u32*>(&mine.round) = round;
+            }
             copies_wait();
             __syncwarp();
-            if (piece.rows == PIECE && !doubtful) {
-                scan<true, false>(piece, next, round);
+            Runner me(of);
+            if (piece.rows == PIECE && !(LIMITS && of.shared.doubtful)) {
+                me.scan<true, false>(piece, round);
             } else if (piece.rows > 0) {
-                scan<false, LIMITS>(piece, next, round);
+                me.scan<false, LIMITS>(piece, round);
             } else {
-                fetch(next);
-                pass_on(piece, round);
+                me.fetch(kept(round + 1));
+                me.pass_on(piece, round);
             }
             __syncwarp();
-            fetch_gate(next);
-            piece = next;
+            round = kept_round() + 1;
+            piece = kept(round);
+            Runner(of).fetch_gate(piece);
         }
     }
 };
@@ -583,6 +787,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     extern __shared__ __align__(16) char buffers[];
     static_assert(SHARED == sizeof(Shared), "the launch has another size");
     Block block(p, *reinterpret_cast<Shared*>(buffers));
+    if (ENDS && block.tasks == 0) {
+        block.keep_states();
+        return;
+    }
     block.prepare();
     Runner(block).run();
     meet();  // what is handed on to a block must find it there

@@ -1,15 +1,17 @@
 """The forward of the selective scan in CUDA C++ for few long rows: layouts and launches.
 
-The kernel is in relay.cu: a cluster of blocks walks through all tokens of its channels, and its
-warps take pieces of them by turns and hand the states on.
+The kernel is in relay.cu: a cluster of blocks walks through the tokens of a group of channels, and
+its warps take pieces of them by turns and hand the states on. Clusters share the tokens of all groups
+evenly.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from widefield.plan import LayerPlan, ScanInputs
 __all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports", "time_of"]
 
 _SOURCE = Path(__file__).with_name("relay.cu")
-_GROUPS = (1, 2, 3, 4, 5)
+_MOST_GROUPS = 8  # of a cluster, in the mean
 _WARPS = (16, 12, 8, 6, 4, 2)
 
 
@@ -30,28 +32,39 @@ class Layout:
     """How clusters of blocks share channels and tokens among their warps.
 
     Attributes:
-        groups: groups of channels that a cluster owns.
+        clusters: how many there are for all rows; for each, where sequences lie side by side.
         cluster: blocks of a cluster.
         warps: of a block, at least 2.
         columns: channels of a group: 8, 16 or 32.
         tile: tokens that a lane has in registers: 4, 8 or 16.
     """
 
-    groups: int = 1
+    clusters: int = 1
     cluster: int = 1
     warps: int = 16
     columns: int = 16
     tile: int = 16
 
     @property
-    def channels(self) -> int:
-        """Of a cluster."""
-        return self.columns * self.groups
+    def squads(self) -> int:
+        """Of a block: warps whose pieces follow each other."""
+        return self.warps // 4 if self.cluster > 1 and self.warps % 4 == 0 else 1
 
-    def shared_bytes(self, states: int, kinds: tuple[int, ...], has_gate: bool) -> int:
+    def groups(self, rows: int, channels: int) -> int:
+        """Of all rows with so many channels."""
+        return rows * -(-channels // self.columns)
+
+    def segments(self, groups: int) -> int:
+        """How many of the groups a cluster has at most, whole or in part."""
+        return -(-groups // self.clusters) + (groups % self.clusters > 0)
+
+    def shared_bytes(
+        self, segments: int, states: int, kinds: tuple[int, ...], has_gate: bool
+    ) -> int:
         """Shared memory of a block, as the kernel computes it.
 
         Args:
+            segments: of a cluster.
             states: of a channel.
             kinds: of x, Δ, B, C and z.
             has_gate: whether there is a z.
@@ -62,9 +75,9 @@ class Layout:
         if not has_gate:
             copied[4] = 16
         tiles, field = 32 // self.columns, states * self.columns
-        warp = 2 * tiles * states * (self.tile + 4) * 4 + sum(copied)
-        handed = (self.warps + 1) * field * 8
-        known = 4 * (self.groups * field + self.columns + 5 * self.channels + self.warps)
+        warp = 2 * tiles * (states * (self.tile + 4) + 4) * 4 + sum(copied) + 32
+        handed = (self.warps + self.squads) * field * 8
+        known = 4 * (segments * (4 + field + 4 * self.columns) + self.warps + 3)
         return -(-(self.warps * warp + handed + known) // 16) * 16
 
     def _copied(self, row: int) -> int:
@@ -78,10 +91,10 @@ class _Parameters(ctypes.Structure):
     """The kernel's struct of the same name."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _calls.POINTERS),
+        *((name, ctypes.c_void_p) for name in (*_calls.POINTERS, "arrived")),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
         *((name, ctypes.c_longlong) for name in ("valid_token", "length")),
-        *((name, ctypes.c_int) for name in ("floor_row", "scale_row", "decay_row")),
+        *((name, ctypes.c_int) for name in ("rows", "floor_row", "scale_row", "decay_row")),
     )
 
 
@@ -112,35 +125,65 @@ def selective_scan(
 def time_of(inputs: ScanInputs) -> float:
     """Milliseconds that this forward would take for 65,536 tokens on an H200, roughly."""
     tensors = _calls.read(inputs, LayerPlan())
-    rows, channels, states = _calls.size(tensors)
-    layout = layout_of(inputs.x.device.index, rows, channels, states, *_narrow(tensors))
+    shape = _shape(tensors)
+    layout = layout_of(inputs.x.device.index, shape)
     chip = torch.cuda.get_device_properties(inputs.x.device.index)
-    return _time(layout, rows, channels, chip.multi_processor_count) * states / 16
+    return _time(layout, shape, chip.multi_processor_count)
 
 
 def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> _calls.Launch:
     """What to launch for tensors that the kernel can read."""
     x, delta, B, C, z, _, _, _, floor, scale, decay, _, valid, _ = tensors
-    rows, channels, states = _calls.size(tensors)
-    device = x.device.index
-    layout = layout or layout_of(device, rows, channels, states, *_narrow(tensors))
+    shape = _shape(tensors)
+    layout = layout or layout_of(x.device.index, shape)
     strided = (x, delta, B, C, z, valid)
     parameters = _Parameters(
-        *(None for _ in _calls.POINTERS),
+        *(None for _ in (*_calls.POINTERS, "arrived")),
         *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
         0 if valid is None else valid.stride(1),
         x.shape[1],
+        x.shape[0],
         *(0 if t is None or t.ndim == 1 else t.shape[1] for t in (floor, scale, decay)),
     )
-    kinds = _calls.kinds_of(tensors[:7])
-    kernel = _kernel(device, layout, states, kinds, _flags(tensors, softplus))
-    grid = (layout.cluster * -(-channels // layout.channels), rows, 1)
-    return kernel, grid, bytes(parameters)[_Parameters.x_row.offset :]
+    groups = layout.groups(shape.rows, shape.channels)
+    kernel = _kernel(
+        x.device.index,
+        layout,
+        layout.segments(groups),
+        shape.states,
+        _calls.kinds_of(tensors[:7]),
+        _flags(tensors, softplus),
+    )
+    told = layout.clusters * shape.lines if groups % layout.clusters else 0
+    grid = (layout.cluster * layout.clusters, shape.lines, 1)
+    return _calls.Launch(kernel, grid, bytes(parameters)[_Parameters.x_row.offset :], told)
 
 
-def _narrow(tensors: _calls.Given) -> tuple[tuple[int, ...], bool]:
-    """What decides on the size of a warp's part of shared memory."""
-    return _calls.kinds_of(tensors[:5]), tensors[4] is not None
+class _Shape(NamedTuple):
+    """What decides on the layout.
+
+    Attributes:
+        lines: sequences side by side, each of which has clusters of its own; else 1.
+        rows: of a line.
+        channels: of a row.
+        states: of a channel.
+        kinds: of x, Δ, B, C and z.
+        has_gate: whether there is a z.
+    """
+
+    lines: int
+    rows: int
+    channels: int
+    states: int
+    kinds: tuple[int, ...]
+    has_gate: bool
+
+
+def _shape(tensors: _calls.Given) -> _Shape:
+    rows, channels, states = _calls.size(tensors)
+    lines, rows = (1, rows) if tensors[13] is None else (rows, 1)
+    kinds, has_gate = _calls.kinds_of(tensors[:5]), tensors[4] is not None
+    return _Shape(lines, rows, channels, states, kinds, has_gate)
 
 
 def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]:
@@ -163,41 +206,50 @@ def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]
 
 
 @functools.lru_cache(maxsize=256)
-def layout_of(
-    device: int, rows: int, channels: int, states: int, kinds: tuple[int, ...], has_gate: bool
-) -> Layout:
-    """The groups and blocks of a cluster, and the warps, that take least time."""
+def layout_of(device: int, shape: _Shape) -> Layout:
+    """The clusters, their blocks and warps that take least time."""
     chip = torch.cuda.get_device_properties(device)
-    shared = chip.shared_memory_per_block_optin
-    clusters = (1, 2) if chip.major >= 9 else (1,)
     layouts = [
-        Layout(groups, cluster, warps)
-        for cluster in clusters
-        for groups in _GROUPS
+        layout
+        for cluster in ((1, 2) if chip.major >= 9 else (1,))
         for warps in _WARPS
-        if Layout(groups, cluster, warps).shared_bytes(states, kinds, has_gate) <= shared
+        for layout in [_even(Layout(1, cluster, warps), shape, chip.multi_processor_count)]
+        if _shared_bytes(layout, shape) <= chip.shared_memory_per_block_optin
     ]
-    return min(layouts, key=lambda one: _time(one, rows, channels, chip.multi_processor_count))
+    return min(layouts, key=lambda one: _time(one, shape, chip.multi_processor_count))
 
 
-def _time(layout: Layout, rows: int, channels: int, multiprocessors: int) -> float:
-    """Milliseconds for 65,536 tokens of 16 states, as measured on an H200.
+def _even(layout: Layout, shape: _Shape, multiprocessors: int) -> Layout:
+    """As many clusters as can run at once, but no more than there are groups."""
+    groups = layout.groups(shape.rows, shape.channels)
+    at_once = max(multiprocessors // layout.cluster // shape.lines, 1)
+    return replace(layout, clusters=min(groups, max(at_once, -(-groups // _MOST_GROUPS))))
+
+
+def _shared_bytes(layout: Layout, shape: _Shape) -> int:
+    segments = layout.segments(layout.groups(shape.rows, shape.channels))
+    return layout.shared_bytes(segments, shape.states, shape.kinds, shape.has_gate)
+
+
+def _time(layout: Layout, shape: _Shape, multiprocessors: int) -> float:
+    """Milliseconds for 65,536 tokens, as measured on an H200.
 
     A block takes as long for a group as its warps take turns on its multiprocessor; two blocks that
     share groups wait a little for each other.
     """
-    clusters = rows * -(-channels // layout.channels)
-    waves = -(-clusters // (multiprocessors // layout.cluster))
+    groups = layout.groups(shape.rows, shape.channels)
+    waves = -(-layout.clusters * shape.lines // (multiprocessors // layout.cluster))
     shared = 1.06 if layout.cluster > 1 else 1.0
     alone = shared * (0.3 + 11.7 / layout.warps)
-    return waves * (0.02 + layout.groups / layout.cluster * alone)
+    each = groups / layout.clusters / layout.cluster
+    return waves * (0.02 + each * alone) * shape.states / 16
 
 
 @functools.cache
 def _fits(device: int, states: int) -> bool:
     """Whether the GPU has copies in the background, and shared memory for so many states."""
     chip = torch.cuda.get_device_properties(device)
-    needed = Layout(warps=_WARPS[-1]).shared_bytes(states, (0,) * 5, True)
+    needed = Layout(warps=_WARPS[-1]).shared_bytes(_MOST_GROUPS + 1, states, (0,) * 5, True)
     return (chip.major, chip.minor) >= (8, 0) and needed <= chip.shared_memory_per_block_optin
 
 
@@ -205,16 +257,18 @@ def _fits(device: int, states: int) -> bool:
 def _kernel(
     device: int,
     layout: Layout,
+    segments: int,
     states: int,
     kinds: tuple[int, ...],
     flags: tuple[tuple[str, int], ...],
 ) -> _nvrtc.Kernel:
     """One variant, compiled and loaded on the current device."""
-    shared = layout.shared_bytes(states, kinds[:5], bool(dict(flags)["HAS_Z"]))
+    shared = layout.shared_bytes(segments, states, kinds[:5], bool(dict(flags)["HAS_Z"]))
     macros = {
         **_calls.kind_macros(kinds),
         **dict(flags),
-        **{name.upper(): value for name, value in asdict(layout).items()},
+        **{name.upper(): value for name, value in asdict(layout).items() if name != "clusters"},
+        "SEGMENTS": segments,
         "PER_LANE": 1,
         "WIDE": 1,
         "STATES": states,
