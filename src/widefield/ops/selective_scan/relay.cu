@@ -210,11 +210,16 @@ struct Copied {
     static constexpr bool FAST = WHOLE_ROWS && ROW % 16 == 0 && (ROW & (ROW - 1)) == 0;
     static constexpr i64 STEP = TOKEN * BYTES<KIND>;
 
-    // Of `rows` tokens, of which `count` numbers exist; FULL, if that is all. `element` is the first.
+    // Where the numbers of a sequence begin, from a channel or state on.
+    __device__ __forceinline__ static const char* place(const void* base, i64 row_at, i64 first_token,
+                                                        int first) {
+        return static_cast<const char*>(base) + (row_at + first_token * TOKEN + first) * BYTES<KIND>;
+    }
+    // Of `rows` tokens from one on, of which `count` numbers exist; FULL, if that is all.
     template <bool FULL>
-    __device__ __forceinline__ static void fetch(char* to, const void* base, i64 element, int rows,
+    __device__ __forceinline__ static void fetch(char* to, const char* sequence, u32 token, int rows,
                                                  int count, int lane) {
-        const char* from = static_cast<const char*>(base) + element * BYTES<KIND>;
+        const char* from = sequence + static_cast<u64>(token) * STEP;
         if constexpr (FAST)
             copy<FULL>(to, from, rows, count, lane);
         else
@@ -297,6 +302,8 @@ struct Segment {
     u32 first, end;  // tasks
     int group;
     u32 row;
+    const char *x, *delta, *B, *C, *z;  // of the group's sequence
+    char* y;
 };
 
 struct alignas(16) Shared {
@@ -327,20 +334,21 @@ __device__ __forceinline__ int number_of_warp() {
 struct Block {
     const Parameters& p;
     Shared& shared;
-    i64 length;     // of the sequences
+    int length;     // of the sequences
     u32 tasks;      // of a group
     int lane, warp;
 
     __device__ __forceinline__ Block(const Parameters& given, Shared& block)
         : p(given), shared(block) {
-        length = ENDS ? end_at<ENDS>(p.ends, blockIdx.y + 1) - end_at<ENDS>(p.ends, blockIdx.y)
-                      : p.length;
-        tasks = static_cast<u32>((length + TASK - 1) / TASK);
+        length = static_cast<int>(ENDS ? end_at<ENDS>(p.ends, blockIdx.y + 1) -
+                                             end_at<ENDS>(p.ends, blockIdx.y)
+                                       : p.length);
+        tasks = (static_cast<u32>(length) + TASK - 1) / TASK;
         lane = number_of_lane(), warp = number_of_warp();
     }
-    __device__ __forceinline__ int rows_from(i64 token, int most) const {
-        i64 left = length - token;
-        return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
+    __device__ __forceinline__ int rows_from(u32 token, int most) const {
+        int left = length - static_cast<int>(token);
+        return max(0, min(left, most));
     }
     __device__ __forceinline__ Sequence sequence_of(u32 row) const {
         return {row, ENDS ? 0 : row, ENDS ? end_at<ENDS>(p.ends, row) : 0, length};
@@ -371,8 +379,18 @@ struct Block {
             u64 group = highest - i;
             u32 first = group == lowest ? static_cast<u32>(from - lowest * tasks) : 0;
             u32 end = group == highest ? static_cast<u32>(to - highest * tasks) : tasks;
-            shared.segment[i] = {first, end, static_cast<int>(group % GROUPS),
-                                 ENDS ? blockIdx.y : static_cast<u32>(group / GROUPS)};
+            int number = static_cast<int>(group % GROUPS), channel = number * COLUMNS;
+            Sequence row = sequence_of(ENDS ? blockIdx.y : static_cast<u32>(group / GROUPS));
+            i64 batch = row.batch;
+            shared.segment[i] = {
+                first, end, number, static_cast<u32>(row.row),
+                CopiedX::place(p.x, batch * p.x_row, row.first, channel),
+                CopiedDelta::place(p.delta, batch * p.delta_row, row.first, channel),
+                CopiedB::place(p.B, batch * p.B_row, row.first, 0),
+                CopiedC::place(p.C, batch * p.C_row, row.first, 0),
+                CopiedZ::place(p.z, batch * p.z_row, row.first, channel),
+                static_cast<char*>(p.y) +
+                    ((batch * p.length + row.first) * CHANNELS + channel) * BYTES<X_KIND>};
         }
     }
     // What it knows of its channels.
@@ -460,31 +478,22 @@ struct Runner {
         if (segment < of.shared.segments) piece.rows = of.rows_from(first_token(piece), PIECE);
         return piece;
     }
-    __device__ __forceinline__ i64 first_token(const Piece& at) const {
-        return (static_cast<i64>(at.task) * SQUAD + place) * PIECE;
+    __device__ __forceinline__ u32 first_token(const Piece& at) const {
+        return (at.task * SQUAD + place) * PIECE;
     }
     __device__ __forceinline__ bool is_last_task(const Piece& at) const {
         return at.task + 1 == of.shared.segment[at.segment].end;
     }
 
-    template <typename From, bool FULL>
-    __device__ __forceinline__ void copy(char* to, const void* base, i64 row_stride, i64 token_stride,
-                                         const Piece& at, const Sequence& row, int first,
-                                         int count) const {
-        From::template fetch<FULL>(
-            to, base, row.batch * row_stride + (row.first + first_token(at)) * token_stride + first,
-            at.rows, count, lane);
-    }
     template <bool FULL>
     __device__ __forceinline__ void fetch_some(const Piece& at) const {
-        const Parameters& p = of.p;
-        const Segment& segment = of.shared.segment[at.segment];
-        int first = segment.group * COLUMNS, count = of.count_of(segment.group);
-        Sequence row = of.sequence_of(segment.row);
-        copy<CopiedDelta, FULL>(mine.delta, p.delta, p.delta_row, DELTA_TOKEN, at, row, first, count);
-        copy<CopiedX, FULL>(mine.x, p.x, p.x_row, X_TOKEN, at, row, first, count);
-        copy<CopiedB, FULL>(mine.B_raw, p.B, p.B_row, B_TOKEN, at, row, 0, STATES);
-        copy<CopiedC, FULL>(mine.C_raw, p.C, p.C_row, C_TOKEN, at, row, 0, STATES);
+        const Segment& of_these = of.shared.segment[at.segment];
+        u32 token = first_token(at);
+        int count = of.count_of(of_these.group), rows = at.rows;
+        CopiedDelta::fetch<FULL>(mine.delta, of_these.delta, token, rows, count, lane);
+        CopiedX::fetch<FULL>(mine.x, of_these.x, token, rows, count, lane);
+        CopiedB::fetch<FULL>(mine.B_raw, of_these.B, token, rows, STATES, lane);
+        CopiedC::fetch<FULL>(mine.C_raw, of_these.C, token, rows, STATES, lane);
     }
     __device__ __forceinline__ void fetch(const Piece& at) const {
         if (EVEN && at.rows == PIECE)
@@ -494,17 +503,38 @@ struct Runner {
         copies_commit();
     }
     __device__ __forceinline__ void fetch_gate(const Piece& at) const {
-        if (HAS_Z && at.rows > 0) {
-            const Segment& segment = of.shared.segment[at.segment];
-            copy<CopiedZ, false>(mine.z, of.p.z, of.p.z_row, Z_TOKEN, at, of.sequence_of(segment.row),
-                                 segment.group * COLUMNS, of.count_of(segment.group));
-        }
+        const Segment& of_these = of.shared.segment[at.segment];
+        if (HAS_Z && EVEN && at.rows == PIECE)
+            CopiedZ::fetch<true>(mine.z, of_these.z, first_token(at), PIECE, COLUMNS, lane);
+        else if (HAS_Z && at.rows > 0)
+            CopiedZ::fetch<false>(mine.z, of_these.z, first_token(at), at.rows,
+                                  of.count_of(of_these.group), lane);
         copies_commit();
     }
 
     // B or C as floats, the tokens of a state side by side.
     template <typename From, int KIND>
     __device__ __forceinline__ void spread(Tile (&to)[TILES], const char* from) const {
+        // Numbers of 16 bits two states at a time, all lanes with the same number of tokens.
+        constexpr int PAIRS = STATES / 2, EACH = TILES * STATES * TILE / 64;
+        if constexpr (KIND != 0 && EACH % 4 == 0 && EACH > 0 && TILES * PAIRS * (TILE / EACH) == 32) {
+            int tile = lane % TILES, pair = lane / TILES % PAIRS, t0 = lane / (TILES * PAIRS) * EACH;
+            const char* here = from + tile * From::TILE_BYTES + t0 * From::ROW + pair * 4;
+            float(*states)[PITCH] = to[tile].of + 2 * pair;
+#pragma unroll
+            for (int t = 0; t < EACH; t += 4) {
+                u32 both[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    both[k] = *reinterpret_cast<const u32*>(here + (t + k) * From::ROW);
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+                    *reinterpret_cast<float4*>(&states[n][t0 + t]) =
+                        make_float4(half_of<KIND>(both[0], n), half_of<KIND>(both[1], n),
+                                    half_of<KIND>(both[2], n), half_of<KIND>(both[3], n));
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < TILES * STATES; i += 32) {
             int tile = (i + lane) / STATES, n = (i + lane) % STATES;
@@ -518,6 +548,11 @@ struct Runner {
                 *reinterpret_cast<float4*>(&to[tile].of[n][t]) = make_float4(v[0], v[1], v[2], v[3]);
             }
         }
+    }
+    template <int KIND>
+    __device__ __forceinline__ static float half_of(u32 both, int n) {
+        if (KIND == 1) return __uint_as_float(n ? both & 0xffff0000u : both << 16);
+        return widen<KIND>(n ? both >> 16 : both & 0xffffu);
     }
 
     // What lanes of the same channel have of a state: what the tiles before a lane's keep of it and
@@ -716,10 +751,9 @@ struct Runner {
         Sequence row = of.sequence_of(segment.row);
         Lane at(of.p, row, lane, segment.group * COLUMNS + column, 0.0f, 0.0f, 0.0f, 0.0f);
         int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
-        i64 token = first_token(piece) + tile * TILE;
-        char* y = static_cast<char*>(of.p.y) + ((row.batch * of.p.length + row.first + token) * CHANNELS +
-                                                at.channel) *
-                                                   BYTES<X_KIND>;
+        u32 token = first_token(piece) + tile * TILE;
+        char* y = segment.y + static_cast<u64>(token) * (CHANNELS * BYTES<X_KIND>) +
+                  column * BYTES<X_KIND>;
         const char* z_at = CopiedZ::at(mine.z, tile * TILE, column);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {

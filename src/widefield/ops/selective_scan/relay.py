@@ -77,7 +77,7 @@ class Layout:
         tiles, field = 32 // self.columns, states * self.columns
         warp = 2 * tiles * (states * (self.tile + 4) + 4) * 4 + sum(copied) + 32
         handed = (self.warps + self.squads) * field * 8
-        known = 4 * (segments * (4 + field + 4 * self.columns) + self.warps + 3)
+        known = 4 * (segments * (16 + field + 4 * self.columns) + self.warps + 3)
         return -(-(self.warps * warp + handed + known) // 16) * 16
 
     def _copied(self, row: int) -> int:
