@@ -14,9 +14,9 @@
 // sequence is cut up, and from piece to piece there is but one multiply-add.
 //
 // A task is SQUAD pieces that follow each other, for some warps of a block. A cluster's squads take its
-// tasks by turns, and of two that follow each other no two are of one block, if there are several.
-// States go from warp to warp through shared memory, and from the last warp of a squad to the first of
-// the next, each together with a tag that says whose it is. What a warp reads for its next piece is copied to shared memory while it is busy
+// tasks by turns, those of one place in all blocks first. States go from warp to warp through shared
+// memory, and from the last warp of a squad to the first of the next, each together with a tag that
+// says whose it is. What a warp reads for its next piece is copied to shared memory while it is busy
 // with the one before.
 //
 // All clusters have the same number of tasks, though they have not the same number of groups of
@@ -64,8 +64,7 @@ struct Parameters {
 constexpr int TILES = 32 / COLUMNS;
 constexpr int PIECE = TILES * TILE;       // tokens
 // Warps of a block whose pieces follow each other. Blocks of a cluster take turns squad by squad, so
-// that the warps of a block are busy with different things: half of what they do is beside the loop
-// over the states.
+// that the warps of a block are busy with different things at a time.
 constexpr int SQUAD = CLUSTER > 1 && WARPS % 4 == 0 ? 4 : WARPS;
 constexpr int SQUADS = WARPS / SQUAD;
 constexpr int WORKERS = SQUADS * CLUSTER;  // squads of a cluster
@@ -293,8 +292,7 @@ struct WarpShared {
     char x[CopiedX::SIZE], delta[CopiedDelta::SIZE], z[HAS_Z ? CopiedZ::SIZE : 16];
     char B_raw[CopiedB::SIZE], C_raw[CopiedC::SIZE];
     Piece piece[2];  // this one and the next, by turns
-    u32 round;
-    u32 unused;
+    u32 round, padding;
 };
 
 // Tasks of one group that a cluster has.
@@ -303,7 +301,7 @@ struct Segment {
     int group;
     u32 row;
     const char *x, *delta, *B, *C, *z;  // of the group's sequence
-    char* y;
+    i64 y;                              // where its outputs begin, in elements
 };
 
 struct alignas(16) Shared {
@@ -314,9 +312,9 @@ struct alignas(16) Shared {
     float rates[SEGMENTS][FIELD];
     float bias[SEGMENTS][COLUMNS], scale[SEGMENTS][COLUMNS], skip[SEGMENTS][COLUMNS];
     float low[SEGMENTS][COLUMNS];
-    u32 doubtful;   // whether any of the limits before the softplus is
-    u32 segments;   // of the cluster
-    u32 rank;       // of the block in its cluster
+    u32 doubtful;     // whether any of the limits before the softplus is
+    u32 segments;     // of the cluster
+    u32 rank;         // of the block in its cluster
     u32 done[WARPS];  // rounds of which a warp needs nothing any more
 };
 
@@ -334,8 +332,8 @@ __device__ __forceinline__ int number_of_warp() {
 struct Block {
     const Parameters& p;
     Shared& shared;
-    int length;     // of the sequences
-    u32 tasks;      // of a group
+    int length;  // of the sequences
+    u32 tasks;   // of a group
     int lane, warp;
 
     __device__ __forceinline__ Block(const Parameters& given, Shared& block)
@@ -389,8 +387,7 @@ struct Block {
                 CopiedB::place(p.B, batch * p.B_row, row.first, 0),
                 CopiedC::place(p.C, batch * p.C_row, row.first, 0),
                 CopiedZ::place(p.z, batch * p.z_row, row.first, channel),
-                static_cast<char*>(p.y) +
-                    ((batch * p.length + row.first) * CHANNELS + channel) * BYTES<X_KIND>};
+                (batch * p.length + row.first) * CHANNELS + channel};
         }
     }
     // What it knows of its channels.
@@ -452,8 +449,8 @@ struct Runner {
     // The number of the warp's squad among those of the cluster, in the order of time.
     __device__ __forceinline__ u32 worker() const { return squad * CLUSTER + of.shared.rank; }
 
-    // What a warp needs again behind the loop over the states lies in shared memory meanwhile: registers
-    // are short there.
+    // What a warp needs again behind the loop over the states lies in shared memory meanwhile:
+    // registers are short there.
     __device__ __forceinline__ void keep(const Piece& piece, u32 round) const {
         volatile Piece& to = mine.piece[round & 1];
         if (lane == 0) to.segment = piece.segment, to.task = piece.task, to.rows = piece.rows;
@@ -555,27 +552,20 @@ struct Runner {
         return widen<KIND>(n ? both >> 16 : both & 0xffffu);
     }
 
-    // What lanes of the same channel have of a state: what the tiles before a lane's keep of it and
-    // leave behind, and what those and its own do.
+    // What the tiles of a channel up to a lane's keep of a state, and what they leave behind; of two
+    // tiles, what the lane's own does.
     struct Passage {
-        float kept_before, left_before, kept, left;
+        float kept, left;
     };
     __device__ __forceinline__ Passage together(float kept, float left) const {
-        if (TILES == 1) return {1.0f, 0.0f, kept, left};
+        if (TILES > 2) {
 #pragma unroll
-        for (int far = COLUMNS; far < 16; far *= 2) {
-            float k = __shfl_up_sync(~0u, kept, far), l = __shfl_up_sync(~0u, left, far);
-            if (lane >= far) left = fmaf(kept, l, left), kept *= k;
+            for (int far = COLUMNS; far < 32; far *= 2) {
+                float k = __shfl_up_sync(~0u, kept, far), l = __shfl_up_sync(~0u, left, far);
+                if (lane >= far) left = fmaf(kept, l, left), kept *= k;
+            }
         }
-        if (TILES == 2) {
-            float k = __shfl_up_sync(~0u, kept, 16), l = __shfl_up_sync(~0u, left, 16);
-            k = lane < 16 ? 1.0f : k, l = lane < 16 ? 0.0f : l;
-            return {k, l, kept * k, fmaf(kept, l, left)};
-        }
-        float k = __shfl_up_sync(~0u, kept, 16), l = __shfl_up_sync(~0u, left, 16);
-        if (lane >= 16) left = fmaf(kept, l, left), kept *= k;
-        k = __shfl_up_sync(~0u, kept, COLUMNS), l = __shfl_up_sync(~0u, left, COLUMNS);
-        return {lane < COLUMNS ? 1.0f : k, lane < COLUMNS ? 0.0f : l, kept, left};
+        return {kept, left};
     }
 
     // Where a warp finds the states before its piece, and where it leaves those behind it.
@@ -583,15 +573,24 @@ struct Runner {
         u32 from;
         Place to;
         u32 tag_in, tag_out;
+        // How many rounds whoever is handed the states must have done, where it says how many it has,
+        // and how many those were when last looked at.
+        u32 enough, done, seen;
     };
+    // Waits for the states before the piece and hands those behind it on; gives those before the tile.
     __device__ __forceinline__ float relay(const Baton& baton, const Passage& own, u64 given) const {
         while (!__all_sync(~0u, tag_of(given) == baton.tag_in)) {
             let_others();
             given = look(baton.from);
         }
-        float state = state_of(given);
-        if (tile == TILES - 1) hand(baton.to, fmaf(own.kept, state, own.left), baton.tag_out);
-        return TILES == 1 ? state : fmaf(own.kept_before, state, own.left_before);
+        float state = state_of(given), behind = fmaf(own.kept, state, own.left);
+        if (TILES > 1) {
+            float other = __shfl_up_sync(~0u, behind, COLUMNS);
+            state = tile > 0 ? other : state;
+            if (TILES == 2) behind = fmaf(own.kept, state, own.left);
+        }
+        if (tile == TILES - 1) hand(baton.to, behind, baton.tag_out);
+        return state;
     }
 
     // The first warp of a segment's first task finds the states here as if they had been handed on.
@@ -611,7 +610,6 @@ struct Runner {
             hand(place_of(from + 8 * COLUMNS * n), state, tag);
         }
     }
-    // Waits until whoever is handed the states has taken those that lay there before.
     __device__ __forceinline__ Baton begin(const Piece& at, u32 round) const {
         Shared& shared = of.shared;
         u32 from, to, done, enough = round, tag_in = round + 1, tag_out = round + 1;
@@ -635,8 +633,15 @@ struct Runner {
             // The last of the segment: where the warp itself has just looked.
             to = from, done = shared_at(shared.done), enough = 0;
         }
-        while (!__all_sync(~0u, look_up(done) >= enough)) let_others();
-        return {from, place_of(to), tag_in, tag_out};
+        return {from, place_of(to), tag_in, tag_out, enough, done, look_up(done)};
+    }
+    // Until whoever is handed the states has taken those that lay there before.
+    __device__ __forceinline__ void await(const Baton& baton) const {
+        u32 seen = baton.seen;
+        while (!__all_sync(~0u, seen >= baton.enough)) {
+            let_others();
+            seen = look_up(baton.done);
+        }
     }
     // Of the last piece of a segment, whose states lie where the warp has found the last ones.
     __device__ __forceinline__ void finish(const Piece& at, u32 states) const {
@@ -669,7 +674,6 @@ struct Runner {
     __device__ __forceinline__ void prepare(Ahead& to, Walk& walk, const float (&step)[TILE],
                                             const float (&written)[TILE], float total) const {
         float rate = *walk.rate, b[TILE], left = 0.0f;
-        to.given = look(walk.baton.from);
         read_square(b, walk.B);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
@@ -678,18 +682,24 @@ struct Runner {
             left = t ? fmaf(to.decay[t], left, to.write[t]) : to.write[t];
         }
         to.own = together(decay_of(total, rate), left);
+        // Not before: the later, the likelier they are there.
+        __syncwarp();
+        to.given = look(walk.baton.from);
         walk.rate += COLUMNS, walk.B += PITCH;
     }
-    // The states of the tile from the one before it, and what they give to y.
-    __device__ __forceinline__ void advance(const Ahead& of_state, Walk& walk,
-                                            float (&sum)[TILE]) const {
-        float state = relay(walk.baton, of_state.own, of_state.given), c[TILE];
+    // The states of the tile from the one before it, and what they give to y. `meanwhile` the next
+    // state is prepared: that needs special-function units, which this does not.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void advance(const Ahead& ahead, Walk& walk, float (&sum)[TILE],
+                                            Meanwhile meanwhile) const {
+        float state = relay(walk.baton, ahead.own, ahead.given), c[TILE];
         walk.baton.from += 8 * COLUMNS, walk.baton.to += 8 * COLUMNS;
         read_square(c, walk.C);
         walk.C += PITCH;
+        meanwhile();
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            state = fmaf(of_state.decay[t], state, of_state.write[t]);
+            state = fmaf(ahead.decay[t], state, ahead.write[t]);
             sum[t] = fmaf(c[t], state, sum[t]);
         }
     }
@@ -705,6 +715,7 @@ struct Runner {
                 shared.scale[0][c], shared.skip[0][c], shared.low[0][c]);
         int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
         i64 token = first_token(piece) + tile * TILE;
+        Baton baton = begin(piece, round);
         float step[1][TILE], written[1][TILE], sum[TILE], total = 0.0f;
         {
             Raw<X_KIND> x[TILE];
@@ -730,13 +741,25 @@ struct Runner {
         total = opaque(total);
         __syncwarp();
         fetch(kept(round + 1));
-        Baton baton = begin(piece, round);
-        Walk walk = {baton, shared.rates[piece.segment] + column, mine.B[tile].of[0], mine.C[tile].of[0]};
-        Ahead state;
-#pragma unroll 2
-        for (int n = 0; n < STATES; n++) {
+        await(baton);
+        Walk walk = {baton, shared.rates[piece.segment] + column, mine.B[tile].of[0],
+                     mine.C[tile].of[0]};
+        auto prepare_next = [&](Ahead& state) {
             prepare(state, walk, step[0], written[0], total);
-            advance(state, walk, sum);
+        };
+        // Two by turns, so that none need be copied.
+        Ahead even, odd;
+        prepare_next(even);
+#pragma unroll 1
+        for (int n = 0; n + 2 < STATES; n += 2) {
+            advance(even, walk, sum, [&] { prepare_next(odd); });
+            advance(odd, walk, sum, [&] { prepare_next(even); });
+        }
+        if (STATES % 2) {
+            advance(even, walk, sum, [] {});
+        } else {
+            advance(even, walk, sum, [&] { prepare_next(odd); });
+            advance(odd, walk, sum, [] {});
         }
         round = kept_round();
         finish(kept(round), walk.baton.from - 8 * FIELD);
@@ -748,32 +771,36 @@ struct Runner {
     template <bool FULL>
     __device__ __forceinline__ void store(const Piece& piece, const float (&sum)[TILE]) const {
         const Segment& segment = of.shared.segment[piece.segment];
-        Sequence row = of.sequence_of(segment.row);
-        Lane at(of.p, row, lane, segment.group * COLUMNS + column, 0.0f, 0.0f, 0.0f, 0.0f);
+        Lane at(of.p, of.sequence_of(segment.row), lane, segment.group * COLUMNS + column, 0.0f, 0.0f, 0.0f, 0.0f);
         int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
         u32 token = first_token(piece) + tile * TILE;
-        char* y = segment.y + static_cast<u64>(token) * (CHANNELS * BYTES<X_KIND>) +
-                  column * BYTES<X_KIND>;
+        char* y = static_cast<char*>(of.p.y) + (segment.y + column) * BYTES<X_KIND> +
+                  static_cast<u64>(token) * (CHANNELS * BYTES<X_KIND>);
         const char* z_at = CopiedZ::at(mine.z, tile * TILE, column);
+        // All that is read first: what is written could be the same, for all that the compiler knows.
+        float out[TILE][1];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            float out[1] = {sum[t]};
+            out[t][0] = sum[t];
             if (HAS_Z) {
                 float z = widen<Z_KIND>(CopiedZ::read(z_at + t * CopiedZ::ROW));
-                out[0] *= z * sigmoid(z);
+                out[t][0] *= z * sigmoid(z);
             }
-            if (VALID && !at.template open<FULL>(token, t, rows)) out[0] = 0.0f;
-            ::store<X_KIND, FULL && EVEN>(y + t * CHANNELS * BYTES<X_KIND>, out,
-                                        FULL || t < rows ? at.count : 0);
+            if (VALID && !at.template open<FULL>(token, t, rows)) out[t][0] = 0.0f;
         }
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+            ::store<X_KIND, FULL && EVEN>(y + t * CHANNELS * BYTES<X_KIND>, out[t],
+                                          FULL || t < rows ? at.count : 0);
     }
 
     // A piece without tokens.
     __device__ __forceinline__ void pass_on(const Piece& piece, u32 round) const {
         Baton baton = begin(piece, round);
+        await(baton);
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) {
-            relay(baton, {1.0f, 0.0f, 1.0f, 0.0f}, look(baton.from));
+            relay(baton, {1.0f, 0.0f}, look(baton.from));
             baton.from += 8 * COLUMNS, baton.to += 8 * COLUMNS;
         }
         finish(piece, baton.from - 8 * FIELD);
@@ -789,11 +816,8 @@ struct Runner {
         keep(piece, round);
 #pragma unroll 1
         while (piece.segment < of.shared.segments) {
-            {
-                Piece next = piece_behind(piece.segment, piece.task, WORKERS);
-                keep(next, round + 1);
-                if (lane == 0) *const_cast<volatile u32*>(&mine.round) = round;
-            }
+            keep(piece_behind(piece.segment, piece.task, WORKERS), round + 1);
+            if (lane == 0) *const_cast<volatile u32*>(&mine.round) = round;
             copies_wait();
             __syncwarp();
             Runner me(of);

@@ -25,6 +25,8 @@ __all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports", "ti
 _SOURCE = Path(__file__).with_name("relay.cu")
 _MOST_GROUPS = 8  # of a cluster, in the mean
 _WARPS = (16, 12, 8, 6, 4, 2)
+_COLUMNS = {8: 0.56, 16: 1.0, 32: 1.9}  # what a group takes, by its channels
+_LONGEST = 1 << 30  # tokens, which the kernel counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,11 @@ class _Parameters(ctypes.Structure):
 
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
-    return _calls.readable_on_this_gpu(inputs) and _fits(inputs.x.device.index, inputs.A.shape[1])
+    return (
+        _calls.readable_on_this_gpu(inputs)
+        and inputs.x.shape[1] < _LONGEST
+        and _fits(inputs.x.device.index, inputs.A.shape[1])
+    )
 
 
 def selective_scan(
@@ -211,9 +217,10 @@ def layout_of(device: int, shape: _Shape) -> Layout:
     chip = torch.cuda.get_device_properties(device)
     layouts = [
         layout
+        for columns in _COLUMNS
         for cluster in ((1, 2) if chip.major >= 9 else (1,))
         for warps in _WARPS
-        for layout in [_even(Layout(1, cluster, warps), shape, chip.multi_processor_count)]
+        for layout in [_even(Layout(1, cluster, warps, columns), shape, chip.multi_processor_count)]
         if _shared_bytes(layout, shape) <= chip.shared_memory_per_block_optin
     ]
     return min(layouts, key=lambda one: _time(one, shape, chip.multi_processor_count))
@@ -239,10 +246,10 @@ def _time(layout: Layout, shape: _Shape, multiprocessors: int) -> float:
     """
     groups = layout.groups(shape.rows, shape.channels)
     waves = -(-layout.clusters * shape.lines // (multiprocessors // layout.cluster))
-    shared = 1.06 if layout.cluster > 1 else 1.0
-    alone = shared * (0.3 + 11.7 / layout.warps)
+    shared = 1.055 if layout.cluster > 1 else 1.0
+    alone = shared * (0.6 + 5.8 / layout.warps) * _COLUMNS[layout.columns]
     each = groups / layout.clusters / layout.cluster
-    return waves * (0.02 + each * alone) * shape.states / 16
+    return waves * (0.01 + each * alone) * shape.states / 16
 
 
 @functools.cache
