@@ -46,7 +46,6 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     unsigned values[32];
-    float operands[32][6];
 };
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> over;
@@ -147,88 +146,6 @@ static unsigned pack_half(float low, float high) {
     return rounded(low, false) | rounded(high, false) << 16;
 }
 
-// A product of 16 x 8 and 8 x 8 numbers of TF32: floats whose last 13 bits do not count. A lane gives
-// four of the first and two of the second.
-static void multiply(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-    Warp& warp = warps[current / 32];
-    int lane = current % 32, given = 0;
-    for (float v : {a0, a1, a2, a3, b0, b1})
-        warp.operands[lane][given++] = __uint_as_float(__float_as_uint(v) & 0xffffe000u);
-    __syncwarp();
-    for (int i = 0; i < 4; i++) {
-        int row = lane / 4, column = lane % 4 * 2 + i % 2;
-        double sum = 0;
-        for (int k = 0; k < 8; k++)
-            sum += static_cast<double>(warp.operands[row * 4 + k % 4][i / 2 + k / 4 * 2]) *
-                   warp.operands[column * 4 + k % 4][4 + k / 4];
-        d[i] = sum;
-    }
-    __syncwarp();
-}
-struct Barrier {
-    unsigned short count, missing;
-    unsigned phase;
-};
-// Places in shared memory are offsets there.
-template <typename Place>
-static Barrier& barrier_at(Place where) {
-    return *reinterpret_cast<Barrier*>(emulated_shared + where.address / 4);
-}
-template <typename Place>
-static void barrier_init(Place where, unsigned count) {
-    barrier_at(where) = {(unsigned short)count, (unsigned short)count, 0};
-}
-template <typename Place>
-static void barrier_arrive(Place where, int lane) {
-    Barrier& barrier = barrier_at(where);
-    __syncwarp();
-    if (lane == 0 && --barrier.missing == 0) barrier.missing = barrier.count, barrier.phase++;
-    idle = 0;
-}
-template <typename Place>
-static bool barrier_test(Place where, unsigned parity) {
-    return (barrier_at(where).phase & 1) != parity;
-}
-template <typename Place>
-static void barrier_wait(Place where, unsigned parity) {
-    while (!barrier_test(where, parity)) give_way();
-    __syncwarp();
-}
-// Named barriers for two warps, 64 threads.
-static Meeting pairs[16];
-static void pair_arrive(int barrier) {
-    Meeting& pair = pairs[barrier];
-    idle = 0;
-    if (++pair.arrived == 64) pair.arrived = 0, pair.turn++;
-}
-static void pair_wait(int barrier) { meet(pairs[barrier], 64); }
-template <typename Place>
-static void read2(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 8); }
-template <typename Place>
-static void read4(float* to, Place from) { std::memcpy(to, emulated_shared + from.address / 4, 16); }
-// Of four matrices of 8 x 8 16-bit numbers, two of row lane / 4 of each.
-template <typename Place>
-static void load_matrices(float* to, Place row) {
-    Warp& warp = warps[current / 32];
-    warp.values[current % 32] = row.address;
-    __syncwarp();
-    for (int m = 0; m < 4; m++)
-        to[m] = emulated_shared[warp.values[8 * m + current % 32 / 4] / 4 + current % 4];
-    __syncwarp();
-}
-template <typename Place>
-static void write1(Place to, float v) { emulated_shared[to.address / 4] = v; }
-template <typename Place>
-static void write2(Place to, float a, float b) {
-    float v[] = {a, b};
-    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
-}
-template <typename Place>
-static void write4(Place to, float a, float b, float c, float d) {
-    float v[] = {a, b, c, d};
-    std::memcpy(emulated_shared + to.address / 4, v, sizeof v);
-}
-
 // ---- launch -----------------------------------------------------------------------------------------
 
 static void (*emulated_body)(const void*);
@@ -250,7 +167,6 @@ static int run_block(unsigned block_size, unsigned shared, unsigned cluster = 1)
     emulated_shared = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
     fibers.assign(threads, {}), over.assign(threads, false);
     warps.assign(threads / 32, {}), blocks.assign(cluster, {}), everybody = {}, idle = 0;
-    for (Meeting& pair : pairs) pair = {};
     for (unsigned i = 0; i < threads; i++) {
         getcontext(&fibers[i]);
         fibers[i].uc_stack.ss_sp = stacks.data() + i * STACK;

@@ -1,4 +1,4 @@
-"""forward.cu on the CPU: the kernel's own source, its few lines of PTX exchanged, in fibers."""
+"""Kernels in CUDA C++ on the CPU: their own source, its few lines of PTX exchanged, in fibers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ _HEADER = Path(__file__).with_name("emulated_cuda.h")
 NUMBERS = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",
 )  # fmt: skip
-_REPLACED = (
-    *NUMBERS, "read2", "read4", "write1", "write2", "write4",
-    "barrier_init", "barrier_arrive", "barrier_test", "barrier_wait", "multiply", "load_matrices",
-    "pair_arrive", "pair_wait",
-)  # fmt: skip
 
 
 def compiler() -> str | None:
@@ -38,23 +33,6 @@ class EmulatedKernel:
     def launch(self, grid: tuple[int, int, int], parameters: ctypes.Structure) -> None:
         """Run all blocks, one after the other."""
         assert not self.library.emulate(*grid[:2], ctypes.byref(parameters)), "threads wait forever"
-
-
-def build(
-    source: Path, name: str, macros: Mapping[str, int], folder: Path, *, threads: int, shared: int
-) -> EmulatedKernel:
-    """Compile a kernel for the CPU; the same source and macros are compiled once."""
-    code = without(_nvrtc.source_of(source), _REPLACED)
-    code = re.sub(
-        r"if \(WORDS == 4\)\s+asm volatile\(.*?else\s+asm volatile\(.*?\"l\"\(from\)\);",
-        "std::memcpy(word, from, 4 * WORDS);",
-        code,
-        flags=re.S,
-    )
-    code = re.sub(
-        r"    extern __shared__ .*?return place;", "    return {0};", code, flags=re.S, count=1
-    )
-    return compiled(runnable(code, name, threads, shared), macros, folder)
 
 
 def compiled(

@@ -1,4 +1,4 @@
-"""relay.cu on the CPU, as emulated_cuda.py does it for forward.cu; clusters block beside block."""
+"""relay.cu on the CPU; the blocks of a cluster are emulated side by side."""
 
 from __future__ import annotations
 

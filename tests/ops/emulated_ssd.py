@@ -1,4 +1,4 @@
-"""outputs.cu on the CPU, as emulated_cuda.py does it for forward.cu."""
+"""outputs.cu on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""wide.cu on the CPU, as emulated_cuda.py does it for forward.cu."""
+"""wide.cu on the CPU."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.ops import emulated_cuda, emulated_relay, emulated_wide
 from widefield.ops import _nvrtc
-from widefield.ops.selective_scan import _calls, native, relay, wide
+from widefield.ops.selective_scan import _calls, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 ON_GPU = torch.cuda.is_available() and _nvrtc.available()
@@ -32,15 +32,6 @@ Scan = Callable[[ScanInputs, LayerPlan], Tensor]
 
 def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
     """y of the scan for few long rows."""
-    if ON_GPU:
-        return native.selective_scan(inputs, plan)[0]
-    tensors = _calls.readable(_calls.read(inputs, plan))
-    table = native._LAYOUTS if native._kind(tensors) == "exact" else native._TENSOR
-    return _calls.run(native.launch_of(tensors, inputs.delta_softplus, table[3]), tensors)[0]
-
-
-def handed_on(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
-    """y of the scan whose warps hand the states on."""
     if ON_GPU:
         return relay.selective_scan(inputs, plan)[0]
     tensors = _calls.readable(_calls.read(inputs, plan))
@@ -59,15 +50,15 @@ def _small() -> tuple[wide.Layout, wide.Layout] | None:
     return None if ON_GPU else (small, small)
 
 
-@pytest.fixture(params=[few_rows, handed_on, many_rows])
+@pytest.fixture(params=[few_rows, many_rows])
 def scan(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Scan:
     if not ON_GPU:
         if emulated_cuda.compiler() is None:
             pytest.skip("needs a GPU or a C++ compiler")
-        modules = {few_rows: emulated_cuda, handed_on: emulated_relay, many_rows: emulated_wide}
+        modules = {few_rows: emulated_relay, many_rows: emulated_wide}
         emulated = modules[request.param]
         monkeypatch.setattr(_nvrtc, "build", partial(emulated.build, folder=compiled))
-        for kernel in (native, relay, wide):
+        for kernel in (relay, wide):
             kernel._kernel.cache_clear()
     return request.param
 

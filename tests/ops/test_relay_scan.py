@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ from tests.ops.cases import (
     scan_inputs,
     usual,
 )
-from widefield.ops import _nvrtc
-from widefield.ops.selective_scan import _calls, native, reference, relay
+from widefield.ops import _nvrtc, use_backend
+from widefield.ops._delta import effective_delta
+from widefield.ops.selective_scan import _calls, reference, relay
 from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
@@ -122,6 +124,48 @@ class TestAnywhere:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_no_step_is_too_small_or_too_large(self, delta: str, dtype: torch.dtype) -> None:
         check(scan_inputs(1, 100, 24, delta=delta, dtype=dtype), LayerPlan())
+
+    def test_states_that_cancel_each_other_are_summed_as_well(self) -> None:
+        inputs = scan_inputs(1, 200, 24, dtype=torch.bfloat16)
+        signs = torch.tensor([1.0, -1.0]).repeat_interleave(8).bfloat16()
+        rates = 0.1 + 0.001 * torch.arange(16)
+        inputs = inputs.replace(
+            A=-rates.expand(24, 16).contiguous(),
+            B=torch.ones_like(inputs.B),
+            C=signs.expand_as(inputs.C),
+            D=None,
+            initial_state=None,
+        )
+        check(inputs, LayerPlan())
+
+    @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_sequences_side_by_side_are_scanned_each_for_itself(
+        self, kind: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        """Empty ones, too."""
+        ends = torch.tensor([0, 0, 40, 75, 75, 107, 108], dtype=kind)
+        inputs = scan_inputs(1, 108, 37, dtype=dtype).replace(
+            cu_seqlens=ends, initial_state=torch.randn(6, 37, 16)
+        )
+        plan = LayerPlan(
+            delta_floor=torch.rand(37) * 0.1,
+            delta_scale=torch.rand(6, 37) + 0.5,
+            decay_scale=torch.rand(6, 37) + 0.5,
+        )
+        check(inputs, plan)
+
+    @pytest.mark.parametrize("above", [-1e-6, 1e-6])
+    def test_a_step_is_frozen_where_torch_freezes_it(self, above: float) -> None:
+        inputs, plan = everything(scan_inputs(1, 64, 32))
+        inputs = moved(inputs.replace(valid=None), DEVICE)
+        every = torch.arange(32, device=DEVICE)
+        plan = dataclasses.replace(plan.to(DEVICE), delta_floor=None)
+        floor = effective_delta(inputs, plan)[0, every, every] * (1 + above)
+        plan = dataclasses.replace(plan, delta_floor=floor)
+        frozen = effective_delta(inputs, plan)[0, every, every] == 0
+        assert bool((frozen == (above > 0)).all())
+        check(inputs, plan)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_nan_in_a_step_shows(self, dtype: torch.dtype) -> None:
@@ -228,13 +272,46 @@ class TestOnGpu:
             again = relay.selective_scan(inputs, LayerPlan())
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
-    @pytest.mark.parametrize(("channels", "expected"), [(512, native), (2560, relay)])
-    def test_the_faster_of_the_two_kernels_runs(self, channels: int, expected: object) -> None:
+    def test_few_rows_without_gradients_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from widefield.ops.selective_scan import cuda
 
-        inputs = moved(scan_inputs(1, 64, channels, dtype=torch.bfloat16), "cuda")
+        calls = []
+        monkeypatch.setattr(relay, "selective_scan", lambda *given, **_: calls.append(given))
+        inputs = moved(scan_inputs(1, 20, 512, dtype=torch.bfloat16), "cuda")
+        inputs.x.requires_grad_()
+        cuda.selective_scan(inputs)[0].sum().backward()
+        assert inputs.x.grad is not None and not calls
         with torch.no_grad():
-            assert cuda._chosen(inputs) is expected
+            cuda.selective_scan(inputs)
+            assert len(calls) == 1
+            with use_backend("triton"):
+                cuda.selective_scan(inputs)
+        assert len(calls) == 1
+
+    def test_compiled_kernels_are_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        relay._kernel.cache_clear()
+        inputs = moved(scan_inputs(1, 20, 16), "cuda")
+        first = relay.selective_scan(inputs, LayerPlan())
+        (kept,) = _nvrtc.cache_folder().iterdir()
+        relay._kernel.cache_clear()
+        monkeypatch.setattr(_nvrtc, "_compile", lambda *given: pytest.fail("compiled again"))
+        again = relay.selective_scan(inputs, LayerPlan())
+        assert kept.suffix == ".cubin" and torch.equal(first[0], again[0])
+
+    @pytest.mark.parametrize("length", [31, 150])
+    @pytest.mark.parametrize("channels", [40, 37])
+    @pytest.mark.parametrize("options", [bare, usual, everything])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_every_dtype_takes_all_options(
+        self, length: int, channels: int, options: Options, dtype: torch.dtype
+    ) -> None:
+        check(*options(scan_inputs(2, length, channels, dtype=dtype)))
+
+    def test_rows_share_the_clusters(self) -> None:
+        check(*everything(scan_inputs(3, 900, 1300, dtype=torch.bfloat16)))
 
     def test_a_kept_launch_gives_the_same(self) -> None:
         inputs = moved(scan_inputs(1, 200, 64, dtype=torch.bfloat16), "cuda")
@@ -264,8 +341,10 @@ def test_the_struct_is_the_one_of_the_kernel() -> None:
         (2048, False, relay.Layout(128, 1, 12)),
         (1024, True, relay.Layout(64, 2, 16)),
         (1536, True, relay.Layout(66, 2, 16)),
-        (4096, True, relay.Layout(132, 1, 16)),
-        (8192, True, relay.Layout(132, 1, 16)),
+        (4096, True, relay.Layout(128, 1, 16, 32)),
+        (512, True, relay.Layout(64, 2, 12, 8)),
+        (2560, True, relay.Layout(132, 1, 16)),
+        (5120, True, relay.Layout(132, 1, 16, 32)),
     ],
 )
 def test_a_layout_keeps_all_multiprocessors_busy(
@@ -279,3 +358,8 @@ def test_a_layout_keeps_all_multiprocessors_busy(
     layout = relay.layout_of.__wrapped__(0, shape)
     assert layout == expected
     assert relay._shared_bytes(layout, shape) <= 232_448
+
+
+def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
+    assert not _nvrtc.available.__wrapped__()

@@ -23,7 +23,7 @@ import torch
 
 from widefield.errors import WidefieldError
 
-__all__ = ["Kernel", "available", "build", "cache_folder", "source_of"]
+__all__ = ["Kernel", "available", "build", "cache_folder", "current_stream", "source_of"]
 
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -68,7 +68,7 @@ class Kernel:
             WidefieldError: if the driver refuses the launch.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        stream = _current_stream()
+        stream = current_stream()
         launch = functools.partial(
             _driver().cuLaunchKernel, self.function, *grid, self.threads, 1, 1, self.shared, stream,
             ctypes.addressof(pointers), 0,
@@ -86,8 +86,8 @@ def _enter_context() -> None:
     torch.cuda.mem_get_info()
 
 
-def _current_stream() -> int:
-    """torch's, without an object around it, which takes longer to make than a launch."""
+def current_stream() -> int:
+    """torch's current stream, without an object around it, which takes longer to make than a launch."""
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # type: ignore[attr-defined]
 
 

@@ -44,8 +44,8 @@ class Launch(NamedTuple):
         kernel: what runs.
         grid: how many blocks.
         rest: the bytes of its struct behind the pointers.
-        signals: how many int32 zeros blocks tell each other by; the struct has a pointer to them
-            behind those of `POINTERS`. None if it has no such pointer.
+        signals: how many numbers blocks tell each other by, whose place the struct has behind the
+            pointers of `POINTERS`. None if it has no such pointer.
     """
 
     kernel: _nvrtc.Kernel
@@ -54,6 +54,7 @@ class Launch(NamedTuple):
     signals: int | None = None
 
 
+_signals: dict[tuple[int, int], Tensor] = {}  # by device and stream
 # By likeness.
 _launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -144,13 +145,27 @@ def run(launch: Launch, tensors: Given) -> tuple[Tensor, Tensor]:
     final = torch.empty((rows, *A.shape), dtype=torch.float32, device=x.device)
     told = _PACKED.pack(*_places(tensors), y.data_ptr(), final.data_ptr())
     if launch.signals:
-        signals = torch.zeros(launch.signals, dtype=torch.int32, device=x.device)
+        signals = _signals_of(launch.signals, x.device)
         told += _POINTER.pack(signals.data_ptr())
     elif launch.signals == 0:
         told += _POINTER.pack(0)
     told += launch.rest
     launch.kernel.launch(launch.grid, ctypes.create_string_buffer(told, len(told)))
     return y, final
+
+
+def _signals_of(count: int, device: torch.device) -> Tensor:
+    """Zeros, in int32, that the kernel leaves as zeros.
+
+    Calls of one stream come one after the other and share them; those of a recorded graph, which
+    may run on any, have their own.
+    """
+    if not device.type == "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device.index, _nvrtc.current_stream()
+    if key not in _signals or len(_signals[key]) < count:
+        _signals[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _signals[key]
 
 
 def keep(given: Given, tensors: Given, softplus: bool, launch: Launch) -> None:

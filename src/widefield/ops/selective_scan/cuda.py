@@ -1,9 +1,7 @@
 """The selective scan on a GPU: which of its kernels runs, and the one in Triton.
 
-There are four. wide.py, in CUDA C++, is for many rows, and for gradients; native.py and relay.py,
-in CUDA C++, for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
-Of native.py and relay.py the one runs that keeps more multiprocessors busy: native.py, whose blocks
-have 4, 8, 12 or 16 channels, or relay.py, with blocks or pairs of blocks for groups of 16.
+There are three. wide.py, in CUDA C++, is for many rows, and for gradients; relay.py, in CUDA C++,
+for few rows, without gradients; Triton's, below, wherever CUDA C++ cannot be compiled.
 
 In Triton, one program runs a block of channels of one sequence from its first to its last token and
 keeps the float32 state in registers. The forward saves the state at every `_CHUNK` tokens when
@@ -23,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widefield.ops._backend import wants_cuda_cpp
-from widefield.ops.selective_scan import _calls, native, relay, wide
+from widefield.ops.selective_scan import _calls, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
 
 _CHUNK = 32
@@ -503,16 +501,15 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
     if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
     if not wide.wants_gradients(inputs) and not _are_many(inputs):
-        able = [kernel for kernel in (native, relay) if kernel.supports(inputs)]
-        if able:
-            return min(able, key=lambda kernel: kernel.time_of(inputs))
+        if relay.supports(inputs):
+            return relay
     return wide if wide.supports(inputs) else None
 
 
 def _are_many(inputs: ScanInputs) -> bool:
     """Whether each of the GPU's warp schedulers gets a warp of a lane a channel.
 
-    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster than native.py.
+    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster.
     """
     rows, channels = _calls.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
     return rows * channels >= 4 * 32 * _multiprocessors(inputs.x.get_device())

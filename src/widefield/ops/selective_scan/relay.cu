@@ -53,7 +53,8 @@ struct Parameters {
     const void* ends;
     void* y;
     float* final;
-    u32* arrived;  // of each cluster, 0: whether the states are there behind its first segment
+    u32* arrived;  // of each cluster: whether the states are there behind its first segment; all 0,
+                   // as they are again in the end
     i64 x_row, delta_row, B_row, C_row, z_row, valid_row;  // strides in elements
     i64 valid_token, length;
     int rows, floor_row, scale_row, decay_row;
@@ -609,6 +610,8 @@ struct Runner {
                 state = of.p.initial[where];
             hand(place_of(from + 8 * COLUMNS * n), state, tag);
         }
+        __syncwarp();
+        if (goes_on && lane == 0) announce_far(of.p.arrived + of.cluster() - 1, 0);
     }
     __device__ __forceinline__ Baton begin(const Piece& at, u32 round) const {
         Shared& shared = of.shared;

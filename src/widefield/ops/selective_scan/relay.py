@@ -20,7 +20,7 @@ from widefield.ops import _nvrtc
 from widefield.ops.selective_scan import _calls
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports", "time_of"]
+__all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports"]
 
 _SOURCE = Path(__file__).with_name("relay.cu")
 _MOST_GROUPS = 8  # of a cluster, in the mean
@@ -126,15 +126,6 @@ def selective_scan(
     return _calls.scan(
         inputs, plan, lambda tensors: launch_of(tensors, inputs.delta_softplus, layout), keep
     )
-
-
-def time_of(inputs: ScanInputs) -> float:
-    """Milliseconds that this forward would take for 65,536 tokens on an H200, roughly."""
-    tensors = _calls.read(inputs, LayerPlan())
-    shape = _shape(tensors)
-    layout = layout_of(inputs.x.device.index, shape)
-    chip = torch.cuda.get_device_properties(inputs.x.device.index)
-    return _time(layout, shape, chip.multi_processor_count)
 
 
 def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> _calls.Launch:

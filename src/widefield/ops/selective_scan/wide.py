@@ -1,7 +1,7 @@
 """The selective scan in CUDA C++ for many rows, differentiable: layouts, launches, gradients.
 
 The kernels are in wide.cu: a lane walks through its channels from the first token to the last, so
-there must be enough rows and channels to fill the GPU; for few of them there is native.py.
+there must be enough rows and channels to fill the GPU; for few of them there is relay.py.
 """
 
 from __future__ import annotations
