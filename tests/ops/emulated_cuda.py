@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from widefield.ops import _nvrtc
-
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 NUMBERS = (
     "exp2_fast", "reciprocal", "max_or_nan", "half_to_float", "pack_bfloat16", "pack_half",

@@ -9,8 +9,9 @@ from tests.ops.emulated_cuda import NUMBERS, EmulatedKernel, compiled, runnable,
 from widefield.ops import _nvrtc
 
 _REPLACED = (
-    *NUMBERS, "prefetch", "shared_at", "shared_of", "place_of", "rank_of_block", "meet", "look", "hand",
-    "look_up", "announce", "look_far", "announce_far", "read_far", "let_others", "copy16", "copies_commit", "copies_wait", "opaque",
+    *NUMBERS, "prefetch", "shared_at", "shared_of", "place_of", "rank_of_block", "meet", "look",
+    "hand", "look_up", "announce", "look_far", "announce_far", "read_far", "let_others", "copy16",
+    "copies_commit", "copies_wait", "opaque",
 )  # fmt: skip
 # An address in shared memory is an offset from the first block's.
 _EMULATED = """

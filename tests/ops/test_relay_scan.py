@@ -258,7 +258,9 @@ class TestOnGpu:
         inputs = moved(small, "cuda").replace(
             x=x, z=x, delta=x - 1, B=B, C=B.flip(1), initial_state=None
         )
-        y, state = relay.selective_scan(inputs, LayerPlan(), relay.Layout(128 // cluster - 4, cluster))
+        y, state = relay.selective_scan(
+            inputs, LayerPlan(), relay.Layout(128 // cluster - 4, cluster)
+        )
         ends = {name: getattr(inputs, name)[:, -last:] for name in ("x", "z", "delta", "B", "C")}
         expected = reference.selective_scan(inputs.replace(**ends))
         assert error(y[:, -last // 2 :], expected[0][:, -last // 2 :].double()) < 4e-3

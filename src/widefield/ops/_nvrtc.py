@@ -87,7 +87,7 @@ def _enter_context() -> None:
 
 
 def current_stream() -> int:
-    """torch's current stream, without an object around it, which takes longer to make than a launch."""
+    """Torch's, without an object around it, which takes longer to make than a launch."""
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # type: ignore[attr-defined]
 
 

@@ -160,7 +160,7 @@ def _signals_of(count: int, device: torch.device) -> Tensor:
     Calls of one stream come one after the other and share them; those of a recorded graph, which
     may run on any, have their own.
     """
-    if not device.type == "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device.index, _nvrtc.current_stream()
     if key not in _signals or len(_signals[key]) < count:

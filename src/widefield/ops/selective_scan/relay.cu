@@ -63,7 +63,7 @@ struct Parameters {
 #include "lanes.cuh"
 
 constexpr int TILES = 32 / COLUMNS;
-constexpr int PIECE = TILES * TILE;       // tokens
+constexpr int PIECE = TILES * TILE;  // tokens
 // Warps of a block whose pieces follow each other. Blocks of a cluster take turns squad by squad, so
 // that the warps of a block are busy with different things at a time.
 constexpr int SQUAD = CLUSTER > 1 && WARPS % 4 == 0 ? 4 : WARPS;
@@ -71,7 +71,7 @@ constexpr int SQUADS = WARPS / SQUAD;
 constexpr int WORKERS = SQUADS * CLUSTER;  // squads of a cluster
 constexpr int TASK = SQUAD * PIECE;        // tokens
 constexpr int GROUPS = (CHANNELS + COLUMNS - 1) / COLUMNS;  // of a row
-constexpr int FIELD = STATES * COLUMNS;                     // numbers, one for every state and channel of a group
+constexpr int FIELD = STATES * COLUMNS;  // a number for every state and channel of a group
 
 static_assert(PER_LANE == 1 && WARPS > 1, "a lane has one channel, a block several warps");
 
@@ -774,7 +774,8 @@ struct Runner {
     template <bool FULL>
     __device__ __forceinline__ void store(const Piece& piece, const float (&sum)[TILE]) const {
         const Segment& segment = of.shared.segment[piece.segment];
-        Lane at(of.p, of.sequence_of(segment.row), lane, segment.group * COLUMNS + column, 0.0f, 0.0f, 0.0f, 0.0f);
+        Lane at(of.p, of.sequence_of(segment.row), lane, segment.group * COLUMNS + column, 0.0f,
+                0.0f, 0.0f, 0.0f);
         int rows = FULL ? TILE : max(0, min(TILE, piece.rows - tile * TILE));
         u32 token = first_token(piece) + tile * TILE;
         char* y = static_cast<char*>(of.p.y) + (segment.y + column) * BYTES<X_KIND> +

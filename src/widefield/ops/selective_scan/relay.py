@@ -1,8 +1,8 @@
 """The forward of the selective scan in CUDA C++ for few long rows: layouts and launches.
 
 The kernel is in relay.cu: a cluster of blocks walks through the tokens of a group of channels, and
-its warps take pieces of them by turns and hand the states on. Clusters share the tokens of all groups
-evenly.
+its warps take pieces of them by turns and hand the states on. Clusters share the tokens of all
+groups evenly.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     groups = layout.groups(shape.rows, shape.channels)
     kernel = _kernel(
         x.device.index,
-        layout,
+        replace(layout, clusters=1),  # which is no part of the code
         layout.segments(groups),
         shape.states,
         _calls.kinds_of(tensors[:7]),
@@ -247,8 +247,9 @@ def _time(layout: Layout, shape: _Shape, multiprocessors: int) -> float:
 def _fits(device: int, states: int) -> bool:
     """Whether the GPU has copies in the background, and shared memory for so many states."""
     chip = torch.cuda.get_device_properties(device)
-    needed = Layout(warps=_WARPS[-1]).shared_bytes(_MOST_GROUPS + 1, states, (0,) * 5, True)
-    return (chip.major, chip.minor) >= (8, 0) and needed <= chip.shared_memory_per_block_optin
+    small = (Layout(warps=_WARPS[-1], columns=columns) for columns in _COLUMNS)
+    least = min(one.shared_bytes(_MOST_GROUPS + 1, states, (0,) * 5, True) for one in small)
+    return (chip.major, chip.minor) >= (8, 0) and least <= chip.shared_memory_per_block_optin
 
 
 @functools.cache
