@@ -500,19 +500,22 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
     """The module in CUDA C++ that runs the scan, or None for Triton."""
     if torch.compiler.is_compiling() or not (inputs.x.is_cuda and wants_cuda_cpp()):
         return None
-    if not wide.wants_gradients(inputs) and not _are_many(inputs):
-        if relay.supports(inputs):
-            return relay
+    few = not (wide.wants_gradients(inputs) or _are_many(inputs))
+    if few and relay.supports(inputs):
+        return relay
     return wide if wide.supports(inputs) else None
 
 
 def _are_many(inputs: ScanInputs) -> bool:
-    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel.
+    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel, or two of long rows.
 
-    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster.
+    Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster. Long rows are
+    shared by relay.py's blocks as well as one row is.
     """
-    rows, channels = _calls.rows_of(inputs.x, inputs.cu_seqlens), inputs.x.shape[2]
-    return rows * channels >= 4 * 32 * _multiprocessors(inputs.x.get_device())
+    batch, tokens, channels = inputs.x.shape
+    rows = _calls.rows_of(inputs.x, inputs.cu_seqlens)
+    warps = 2 if batch * tokens >= 1024 * rows else 1
+    return rows * channels >= warps * 4 * 32 * _multiprocessors(inputs.x.get_device())
 
 
 @functools.cache

@@ -26,7 +26,8 @@
 // its part from the last to the first: what is early of a group comes first, what is late comes last,
 // and unless a part is shorter than a group, the states that late tasks need are there by then. They
 // come through global memory: through `final`, and `arrived` says that they are there. A cluster
-// waits for the one before it only, so that all come to an end, however many run at once.
+// waits for the one before it only, which has begun before it, so that all come to an end, however
+// many run at once.
 //
 //   the macros of lanes.cuh, with PER_LANE 1
 //   COLUMNS   channels of a group: 8, 16 or 32

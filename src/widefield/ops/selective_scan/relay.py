@@ -218,10 +218,11 @@ def layout_of(device: int, shape: _Shape) -> Layout:
 
 
 def _even(layout: Layout, shape: _Shape, multiprocessors: int) -> Layout:
-    """As many clusters as can run at once, but no more than there are groups."""
+    """As many clusters as can run at once, or a multiple, but no more than there are groups."""
     groups = layout.groups(shape.rows, shape.channels)
     at_once = max(multiprocessors // layout.cluster // shape.lines, 1)
-    return replace(layout, clusters=min(groups, max(at_once, -(-groups // _MOST_GROUPS))))
+    waves = -(-groups // (at_once * _MOST_GROUPS))
+    return replace(layout, clusters=min(groups, at_once * waves))
 
 
 def _shared_bytes(layout: Layout, shape: _Shape) -> int:
