@@ -197,6 +197,17 @@ class TestAnywhere:
             parts.append(one)
         assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(before, state)
 
+    def test_a_kept_launch_gives_the_same(self) -> None:
+        inputs = moved(scan_inputs(1, 200, 64, dtype=torch.bfloat16), DEVICE)
+        tensors = _calls.read(inputs, LayerPlan())
+        launch = relay.launch_of(tensors, inputs.delta_softplus, SMALL)
+        first = _calls.run(launch, tensors)
+        _calls.keep(tensors, tensors, inputs.delta_softplus, launch)
+        again = _calls.again(inputs, LayerPlan())
+        assert again is not None
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert _calls.again(inputs.replace(z=None), LayerPlan()) is None
+
     def test_rows_that_do_not_lie_evenly_are_read_one_number_at_a_time(self) -> None:
         wide = scan_inputs(1, 60, 33, dtype=torch.bfloat16)
         cut = {name: getattr(wide, name)[..., 1:33] for name in ("x", "z", "delta")}
@@ -314,13 +325,6 @@ class TestOnGpu:
 
     def test_rows_share_the_clusters(self) -> None:
         check(*everything(scan_inputs(3, 900, 1300, dtype=torch.bfloat16)))
-
-    def test_a_kept_launch_gives_the_same(self) -> None:
-        inputs = moved(scan_inputs(1, 200, 64, dtype=torch.bfloat16), "cuda")
-        first = relay.selective_scan(inputs, LayerPlan(), keep=True)
-        again = _calls.again(inputs, LayerPlan())
-        assert again is not None
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_a_cpu_tensor_is_not_supported() -> None:

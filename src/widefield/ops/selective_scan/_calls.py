@@ -1,7 +1,8 @@
 """What the scans in CUDA C++ have in common on the host: what they read and can read, and calls.
 
-The structs of those for few rows begin with the same sixteen pointers: those of `Given`, of y and
-of the final states. So their launches can be kept for the next call.
+The struct of the one for few rows begins with pointers: those of `Given`, of y, of the final states
+and of the signals by which its blocks tell each other. So its launches can be kept for the next
+call.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _ROWS = 1 << 16  # of a grid
 _READ = ("X", "DELTA", "B", "C", "Z", "SKIP", "BIAS")
 POINTERS = (
     "x", "delta", "B", "C", "z", "skip", "bias", "A", "floor", "scale", "decay", "initial", "valid",
-    "ends", "y", "final",
+    "ends", "y", "final", "arrived",
 )  # fmt: skip
-_PACKED, _POINTER = struct.Struct(f"{len(POINTERS)}Q"), struct.Struct("Q")
+_PACKED = struct.Struct(f"{len(POINTERS)}Q")
 _MOST = 4096
 
-Given = tuple[Any, ...]  # tensors or None, in the order of POINTERS, without the last two
+Given = tuple[Any, ...]  # tensors or None, in the order of POINTERS, without the last three
 
 
 class Launch(NamedTuple):
@@ -44,14 +45,13 @@ class Launch(NamedTuple):
         kernel: what runs.
         grid: how many blocks.
         rest: the bytes of its struct behind the pointers.
-        signals: how many numbers blocks tell each other by, whose place the struct has behind the
-            pointers of `POINTERS`. None if it has no such pointer.
+        signals: how many numbers blocks tell each other by.
     """
 
     kernel: _nvrtc.Kernel
     grid: tuple[int, int, int]
     rest: bytes
-    signals: int | None = None
+    signals: int
 
 
 _signals: dict[tuple[int, int], Tensor] = {}  # by device and stream
@@ -143,13 +143,8 @@ def run(launch: Launch, tensors: Given) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = rows_of(x, tensors[13])
     final = torch.empty((rows, *A.shape), dtype=torch.float32, device=x.device)
-    told = _PACKED.pack(*_places(tensors), y.data_ptr(), final.data_ptr())
-    if launch.signals:
-        signals = _signals_of(launch.signals, x.device)
-        told += _POINTER.pack(signals.data_ptr())
-    elif launch.signals == 0:
-        told += _POINTER.pack(0)
-    told += launch.rest
+    signals = _signals_of(launch.signals, x.device) if launch.signals else None
+    told = _PACKED.pack(*_places((*tensors, y, final, signals))) + launch.rest
     launch.kernel.launch(launch.grid, ctypes.create_string_buffer(told, len(told)))
     return y, final
 

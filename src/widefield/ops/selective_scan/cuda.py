@@ -507,7 +507,7 @@ def _chosen(inputs: ScanInputs) -> ModuleType | None:
 
 
 def _are_many(inputs: ScanInputs) -> bool:
-    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel, or two of long rows.
+    """Whether each of the GPU's warp schedulers gets a warp of a lane a channel; two, of long rows.
 
     Measured on an H200 (benchmarks/LOG.md): from about there on wide.py is faster. Long rows are
     shared by relay.py's blocks as well as one row is.

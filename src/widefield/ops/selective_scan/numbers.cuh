@@ -116,11 +116,9 @@ __device__ SELDOM bool below_floor(float v, float scale, float floor) {
 // what torch would freeze, where Δ itself, computed in another way than torch's, can only tell
 // what is not close to the floor.
 struct Limit {
-    float low, high;  // below low, Δ is below its floor; from high on it is not
+    float low, high;  // below low, Δ is below its floor; from high on it is not; NaN is no end
 
     __device__ __forceinline__ bool doubtful() const { return !(low >= high); }
-    // Whether `below_floor` has to decide. A high of NaN is no end.
-    __device__ __forceinline__ bool doubts(float v) const { return v >= low && !(v >= high); }
 };
 
 // Whether v lies so close above a low that its high, if that is another, may lie above v.

@@ -93,7 +93,7 @@ class _Parameters(ctypes.Structure):
     """The kernel's struct of the same name."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*_calls.POINTERS, "arrived")),
+        *((name, ctypes.c_void_p) for name in _calls.POINTERS),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
         *((name, ctypes.c_longlong) for name in ("valid_token", "length")),
         *((name, ctypes.c_int) for name in ("rows", "floor_row", "scale_row", "decay_row")),
@@ -135,7 +135,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     layout = layout or layout_of(x.device.index, shape)
     strided = (x, delta, B, C, z, valid)
     parameters = _Parameters(
-        *(None for _ in (*_calls.POINTERS, "arrived")),
+        *(None for _ in _calls.POINTERS),
         *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
         0 if valid is None else valid.stride(1),
         x.shape[1],
