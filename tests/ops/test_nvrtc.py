@@ -23,7 +23,7 @@ def _launch(monkeypatch: pytest.MonkeyPatch, *answers: int) -> list[str]:
         return (left.pop(0),)
 
     monkeypatch.setattr(_nvrtc, "_driver", lambda: SimpleNamespace(cuLaunchKernel=launch))
-    monkeypatch.setattr(_nvrtc, "_current_stream", lambda: 0)
+    monkeypatch.setattr(_nvrtc, "current_stream", lambda: 0)
     monkeypatch.setattr(_nvrtc, "_enter_context", lambda: done.append("context"))
     _nvrtc.Kernel(function=None, threads=32, shared=0).launch((1, 1, 1), _Nothing())
     return done
