@@ -44,6 +44,7 @@ LAYOUTS = [
     relay.Layout(clusters=14, cluster=1, warps=2, columns=8, tile=4),
     relay.Layout(clusters=16, cluster=1, warps=2, tile=4),
 ]
+HOPPER = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232_448, major=9)
 IN_CLUSTERS = [
     relay.Layout(clusters=1, cluster=2, warps=2, tile=4),
     relay.Layout(clusters=3, cluster=2, warps=2, tile=16),
@@ -239,7 +240,7 @@ class TestOnGpu:
     ) -> None:
         check(*usual(scan_inputs(1, 700, channels, dtype=dtype)))
 
-    @pytest.mark.parametrize("states", [32, 64])
+    @pytest.mark.parametrize("states", [32, 64, 128])
     def test_many_states(self, states: int) -> None:
         check(*everything(scan_inputs(1, 1000, 64, states, dtype=torch.bfloat16)))
 
@@ -356,14 +357,20 @@ def test_the_struct_is_the_one_of_the_kernel() -> None:
 def test_a_layout_keeps_all_multiprocessors_busy(
     channels: int, narrow: bool, expected: relay.Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chip = SimpleNamespace(
-        multi_processor_count=132, shared_memory_per_block_optin=232_448, major=9
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: HOPPER)
     shape = relay._Shape(1, 1, channels, 16, (int(narrow),) * 5, True)
     layout = relay.layout_of.__wrapped__(0, shape)
     assert layout == expected
     assert relay._shared_bytes(layout, shape) <= 232_448
+
+
+@pytest.mark.parametrize(("states", "fits"), [(128, True), (1024, False)])
+def test_states_run_here_as_far_as_shared_memory_goes(
+    states: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: HOPPER)
+    shape = relay._Shape(1, 1, 1536, states, (0,) * 5, True)
+    assert (relay.layout_of.__wrapped__(0, shape) is not None) == fits
 
 
 def test_without_a_compiler_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:

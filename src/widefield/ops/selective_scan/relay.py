@@ -102,11 +102,10 @@ class _Parameters(ctypes.Structure):
 
 def supports(inputs: ScanInputs) -> bool:
     """Whether this forward can run the scan; gradients are not its business."""
-    return (
-        _calls.readable_on_this_gpu(inputs)
-        and inputs.x.shape[1] < _LONGEST
-        and _fits(inputs.x.device.index, inputs.A.shape[1])
-    )
+    if not _calls.readable_on_this_gpu(inputs) or inputs.x.shape[1] >= _LONGEST:
+        return False
+    shape = _shape(_calls.read(inputs, LayerPlan()))
+    return layout_of(inputs.x.device.index, shape) is not None
 
 
 def selective_scan(
@@ -133,6 +132,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     x, delta, B, C, z, _, _, _, floor, scale, decay, _, valid, _ = tensors
     shape = _shape(tensors)
     layout = layout or layout_of(x.device.index, shape)
+    assert layout is not None, "what is not supported is not launched"
     strided = (x, delta, B, C, z, valid)
     parameters = _Parameters(
         *(None for _ in _calls.POINTERS),
@@ -203,9 +203,14 @@ def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]
 
 
 @functools.lru_cache(maxsize=256)
-def layout_of(device: int, shape: _Shape) -> Layout:
-    """The clusters, their blocks and warps that take least time."""
+def layout_of(device: int, shape: _Shape) -> Layout | None:
+    """The clusters, their blocks and warps that take least time.
+
+    None where states do not fit into shared memory, or the GPU has no copies in the background.
+    """
     chip = torch.cuda.get_device_properties(device)
+    if chip.major < 8:
+        return None
     layouts = [
         layout
         for columns in _COLUMNS
@@ -214,7 +219,8 @@ def layout_of(device: int, shape: _Shape) -> Layout:
         for layout in [_even(Layout(1, cluster, warps, columns), shape, chip.multi_processor_count)]
         if _shared_bytes(layout, shape) <= chip.shared_memory_per_block_optin
     ]
-    return min(layouts, key=lambda one: _time(one, shape, chip.multi_processor_count))
+    times = [_time(layout, shape, chip.multi_processor_count) for layout in layouts]
+    return layouts[times.index(min(times))] if layouts else None
 
 
 def _even(layout: Layout, shape: _Shape, multiprocessors: int) -> Layout:
@@ -242,15 +248,6 @@ def _time(layout: Layout, shape: _Shape, multiprocessors: int) -> float:
     alone = shared * (0.6 + 5.8 / layout.warps) * _COLUMNS[layout.columns]
     each = groups / layout.clusters / layout.cluster
     return waves * (0.01 + each * alone) * shape.states / 16
-
-
-@functools.cache
-def _fits(device: int, states: int) -> bool:
-    """Whether the GPU has copies in the background, and shared memory for so many states."""
-    chip = torch.cuda.get_device_properties(device)
-    small = (Layout(warps=_WARPS[-1], columns=columns) for columns in _COLUMNS)
-    least = min(one.shared_bytes(_MOST_GROUPS + 1, states, (0,) * 5, True) for one in small)
-    return (chip.major, chip.minor) >= (8, 0) and least <= chip.shared_memory_per_block_optin
 
 
 @functools.cache
