@@ -48,6 +48,7 @@ HOPPER = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_opti
 IN_CLUSTERS = [
     relay.Layout(clusters=1, cluster=2, warps=2, tile=4),
     relay.Layout(clusters=3, cluster=2, warps=2, tile=16),
+    relay.Layout(clusters=2, cluster=2, warps=8, columns=32, tile=4),
 ]
 
 
