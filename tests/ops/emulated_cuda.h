@@ -27,11 +27,9 @@ struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float __uint_as_float(unsigned v) { float r; std::memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; std::memcpy(&r, &v, 4); return r; }
-static int __popc(unsigned v) { return __builtin_popcount(v); }
 using std::max;
 using std::min;
 

@@ -10,7 +10,6 @@ import ctypes
 import ctypes.util
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops import emulated_cuda, emulated_relay, emulated_wide
-from widefield.ops import _nvrtc
+from tests.ops import emulated_relay, emulated_wide, machine
+from tests.ops.machine import DEVICE, ON_GPU
 from widefield.ops.selective_scan import _calls, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
 
-ON_GPU = torch.cuda.is_available() and _nvrtc.available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 NEVER = 50.0  # Δ of tokens that are not frozen, and that no other token has
 
 Scan = Callable[[ScanInputs, LayerPlan], Tensor]
@@ -36,7 +33,7 @@ def few_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
         return relay.selective_scan(inputs, plan)[0]
     tensors = _calls.readable(_calls.read(inputs, plan))
     layout = relay.Layout(warps=2, tile=4)
-    return _calls.run(relay.launch_of(tensors, inputs.delta_softplus, layout), tensors)[0]
+    return relay.run(relay.launch_of(tensors, inputs.delta_softplus, layout), tensors)[0]
 
 
 def many_rows(inputs: ScanInputs, plan: LayerPlan) -> Tensor:
@@ -52,14 +49,8 @@ def _small() -> tuple[wide.Layout, wide.Layout] | None:
 
 @pytest.fixture(params=[few_rows, many_rows])
 def scan(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Scan:
-    if not ON_GPU:
-        if emulated_cuda.compiler() is None:
-            pytest.skip("needs a GPU or a C++ compiler")
-        modules = {few_rows: emulated_relay, many_rows: emulated_wide}
-        emulated = modules[request.param]
-        monkeypatch.setattr(_nvrtc, "build", partial(emulated.build, folder=compiled))
-        for kernel in (relay, wide):
-            kernel._kernel.cache_clear()
+    kernels = {few_rows: (relay, emulated_relay), many_rows: (wide, emulated_wide)}
+    machine.use(*kernels[request.param], compiled, monkeypatch)
     return request.param
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import emulated_cuda, emulated_relay
+from tests.ops import emulated_relay, machine
 from tests.ops.cases import (
     DELTAS,
     Options,
@@ -25,15 +23,13 @@ from tests.ops.cases import (
     scan_inputs,
     usual,
 )
+from tests.ops.machine import DEVICE, ON_GPU, gpu
 from widefield.ops import _nvrtc, use_backend
 from widefield.ops._delta import effective_delta
 from widefield.ops.selective_scan import _calls, reference, relay
 from widefield.ops.selective_scan._packed import by_sequence
 from widefield.plan import LayerPlan, ScanInputs
 
-ON_GPU = torch.cuda.is_available() and _nvrtc.available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
 HAS_CLUSTERS = not ON_GPU or torch.cuda.get_device_capability() >= (9, 0)
 
 SMALL = relay.Layout(clusters=2, cluster=1, warps=2, tile=4)
@@ -53,14 +49,8 @@ IN_CLUSTERS = [
 
 
 @pytest.fixture
-def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU, or the emulator where there is none."""
-    if ON_GPU:
-        return
-    if emulated_cuda.compiler() is None:
-        pytest.skip("needs a GPU or a C++ compiler")
-    monkeypatch.setattr(_nvrtc, "build", partial(emulated_relay.build, folder=compiled))
-    relay._kernel.cache_clear()
+def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.use(relay, emulated_relay, compiled, monkeypatch)
 
 
 def scan(
@@ -70,7 +60,7 @@ def scan(
         assert relay.supports(inputs)
         return relay.selective_scan(inputs, plan, layout)
     tensors = _calls.readable(_calls.read(inputs, plan))
-    return _calls.run(relay.launch_of(tensors, inputs.delta_softplus, layout or SMALL), tensors)
+    return relay.run(relay.launch_of(tensors, inputs.delta_softplus, layout or SMALL), tensors)
 
 
 def exact(inputs: ScanInputs, plan: LayerPlan | None) -> tuple[Tensor, Tensor]:
@@ -89,7 +79,7 @@ def check(inputs: ScanInputs, plan: LayerPlan, layout: relay.Layout | None = Non
         assert error(value, right) <= 2 * error(same, right) + 3e-7, name
 
 
-@pytest.mark.usefixtures("machine", "poisoned")
+@pytest.mark.usefixtures("kernels", "poisoned")
 class TestAnywhere:
     """The kernel on a GPU, else its source in the emulator."""
 
@@ -203,12 +193,12 @@ class TestAnywhere:
         inputs = moved(scan_inputs(1, 200, 64, dtype=torch.bfloat16), DEVICE)
         tensors = _calls.read(inputs, LayerPlan())
         launch = relay.launch_of(tensors, inputs.delta_softplus, SMALL)
-        first = _calls.run(launch, tensors)
-        _calls.keep(tensors, tensors, inputs.delta_softplus, launch)
-        again = _calls.again(inputs, LayerPlan())
+        first = relay.run(launch, tensors)
+        relay.keep_launch(tensors, tensors, inputs.delta_softplus, launch)
+        again = relay.again(inputs, LayerPlan())
         assert again is not None
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        assert _calls.again(inputs.replace(z=None), LayerPlan()) is None
+        assert relay.again(inputs.replace(z=None), LayerPlan()) is None
 
     def test_rows_that_do_not_lie_evenly_are_read_one_number_at_a_time(self) -> None:
         wide = scan_inputs(1, 60, 33, dtype=torch.bfloat16)
@@ -334,12 +324,7 @@ def test_a_cpu_tensor_is_not_supported() -> None:
 
 
 def test_the_struct_is_the_one_of_the_kernel() -> None:
-    source = relay._SOURCE.read_text("utf-8")
-    found = re.search(r"struct Parameters \{(.*?)\n\};", source, re.DOTALL)
-    assert found is not None
-    code = re.sub(r"//.*", "", found[1])
-    names = re.findall(r"\*?(\w+)(?=[,;])", code)
-    assert names == [field[0] for field in relay._Parameters._fields_]
+    machine.assert_struct_is_the_kernels(relay)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import emulated_cuda, emulated_wide
+from tests.ops import emulated_wide, machine
 from tests.ops.cases import (
     DELTAS,
     Options,
@@ -26,13 +25,10 @@ from tests.ops.cases import (
     scan_inputs,
     usual,
 )
-from widefield.ops import _nvrtc, use_backend
+from tests.ops.machine import DEVICE, ON_GPU, gpu
+from widefield.ops import use_backend
 from widefield.ops.selective_scan import reference, relay, wide
 from widefield.plan import LayerPlan, ScanInputs
-
-ON_GPU = torch.cuda.is_available() and _nvrtc.available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and NVRTC")]
 
 SMALL = wide.Layout(per_lane=1, tile=8, chunk=16, warps=1, blocks=1)
 LAYOUTS = [
@@ -44,14 +40,8 @@ LAYOUTS = [
 
 
 @pytest.fixture
-def machine(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU, or the emulator where there is none."""
-    if ON_GPU:
-        return
-    if emulated_cuda.compiler() is None:
-        pytest.skip("needs a GPU or a C++ compiler")
-    monkeypatch.setattr(_nvrtc, "build", partial(emulated_wide.build, folder=compiled))
-    wide._kernel.cache_clear()
+def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.use(wide, emulated_wide, compiled, monkeypatch)
 
 
 LEAVES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -128,7 +118,7 @@ def layouts_here(layout: wide.Layout = SMALL) -> tuple[wide.Layout, wide.Layout]
     return None if ON_GPU else (layout, layout)
 
 
-@pytest.mark.usefixtures("machine", "poisoned")
+@pytest.mark.usefixtures("kernels", "poisoned")
 class TestAnywhere:
     """The kernels on a GPU, else their source in the emulator."""
 
@@ -381,12 +371,7 @@ def test_a_cpu_tensor_is_not_supported() -> None:
 
 
 def test_the_struct_is_the_one_of_the_kernels() -> None:
-    source = wide._SOURCE.read_text("utf-8")
-    found = re.search(r"struct Parameters \{(.*?)\n\};", source, re.DOTALL)
-    assert found is not None
-    code = re.sub(r"//.*", "", found[1])
-    names = re.findall(r"\*?(\w+)(?=[,;])", code)
-    assert names == [field[0] for field in wide._Parameters._fields_]
+    machine.assert_struct_is_the_kernels(wide)
 
 
 @pytest.mark.parametrize("states", [1, 8, 16, 32, 33, 64, 128, 200, 256])

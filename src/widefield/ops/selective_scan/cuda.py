@@ -485,15 +485,15 @@ def selective_scan(inputs: ScanInputs, plan: LayerPlan | None = None) -> tuple[T
     """
     plan = plan or _UNMODIFIED
     if not torch.is_grad_enabled() and wants_cuda_cpp() and not torch.compiler.is_compiling():
-        found = _calls.again(inputs, plan)
+        found = relay.again(inputs, plan)
         if found is not None:
             return found
     kernel = _chosen(inputs)
     if kernel is None:
         return triton_scan(inputs, plan)
-    if kernel is wide:
-        return wide.selective_scan(inputs, plan)
-    return kernel.selective_scan(inputs, plan, keep=True)
+    if kernel is relay:
+        return relay.selective_scan(inputs, plan, keep=True)
+    return kernel.selective_scan(inputs, plan)
 
 
 def _chosen(inputs: ScanInputs) -> ModuleType | None:

@@ -62,8 +62,7 @@ struct Raw {
     }
     __device__ __forceinline__ float at(int c) const {
         if (KIND == 0) return __uint_as_float(word[c]);
-        if (KIND == 1 && c) return __uint_as_float(word[0] & 0xffff0000u);
-        return widen<KIND>(c ? word[0] >> 16 : word[0] & 0xffffu);
+        return half_of<KIND>(word[0], c);
     }
 };
 
@@ -189,8 +188,8 @@ struct Projection {
 };
 
 // Which numbers of a tile are frozen, of those that are close to a limit.
-__device__ SELDOM u32 settle(const Parameters& p, i64 row, int channel, const char* delta,
-                                   int rows, float limit, float second) {
+__device__ SELDOM u32 settle(const Parameters& p, i64 row, int channel, const char* delta, int rows,
+                             float limit, float second) {
     u32 frozen = 0;
 #pragma unroll 1
     for (int i = 0; i < rows * PER_LANE; i++) {

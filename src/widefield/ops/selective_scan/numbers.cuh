@@ -186,6 +186,13 @@ __device__ __forceinline__ float widen(u32 bits) {
     return half_to_float(static_cast<u16>(bits));
 }
 
+// The first or the second of two numbers of 16 bits that lie side by side.
+template <int KIND>
+__device__ __forceinline__ float half_of(u32 both, int i) {
+    if (KIND == 1 && i) return __uint_as_float(both & 0xffff0000u);
+    return widen<KIND>(i ? both >> 16 : both & 0xffffu);
+}
+
 template <int KIND>
 __device__ __forceinline__ u32 narrow(float low, float high) {
     return KIND == 1 ? pack_bfloat16(low, high) : pack_half(low, high);

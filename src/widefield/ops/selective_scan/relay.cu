@@ -548,12 +548,6 @@ struct Runner {
             }
         }
     }
-    template <int KIND>
-    __device__ __forceinline__ static float half_of(u32 both, int n) {
-        if (KIND == 1) return __uint_as_float(n ? both & 0xffff0000u : both << 16);
-        return widen<KIND>(n ? both >> 16 : both & 0xffffu);
-    }
-
     // What the tiles of a channel up to a lane's keep of a state, and what they leave behind; of two
     // tiles, what the lane's own does.
     struct Passage {

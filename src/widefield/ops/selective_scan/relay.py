@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from widefield.ops import _nvrtc
+from widefield.ops._backend import on_device_of
 from widefield.ops.selective_scan import _calls
 from widefield.plan import LayerPlan, ScanInputs
 
-__all__ = ["Layout", "launch_of", "layout_of", "selective_scan", "supports"]
+__all__ = [
+    "Launch", "Layout", "again", "keep_launch", "launch_of", "layout_of", "run", "selective_scan",
+    "supports",
+]  # fmt: skip
 
 _SOURCE = Path(__file__).with_name("relay.cu")
 _MOST_GROUPS = 8  # of a cluster, in the mean
 _WARPS = (16, 12, 8, 6, 4, 2)
 _COLUMNS = {8: 0.56, 16: 1.0, 32: 1.9}  # what a group takes, by its channels
 _LONGEST = 1 << 30  # tokens, which the kernel counts in 32 bits
+# The struct begins with pointers: to what `_calls.read` gives, and to what `run` makes. So launches
+# can be kept for the next call.
+_POINTERS = (
+    "x", "delta", "B", "C", "z", "skip", "bias", "A", "floor", "scale", "decay", "initial", "valid",
+    "ends", "y", "final", "arrived",
+)  # fmt: skip
+_PACKED = struct.Struct(f"{len(_POINTERS)}Q")
+_MOST = 4096  # launches that are kept
 
 
 @dataclass(frozen=True)
@@ -93,11 +106,31 @@ class _Parameters(ctypes.Structure):
     """The kernel's struct of the same name."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _calls.POINTERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         *((f"{name}_row", ctypes.c_longlong) for name in ("x", "delta", "B", "C", "z", "valid")),
         *((name, ctypes.c_longlong) for name in ("valid_token", "length")),
         *((name, ctypes.c_int) for name in ("rows", "floor_row", "scale_row", "decay_row")),
     )
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is told but for its pointers.
+
+    Attributes:
+        kernel: what runs.
+        grid: how many blocks.
+        rest: the bytes of its struct behind the pointers.
+        signals: how many numbers blocks tell each other by.
+    """
+
+    kernel: _nvrtc.Kernel
+    grid: tuple[int, int, int]
+    rest: bytes
+    signals: int
+
+
+_signals: dict[tuple[int, int], Tensor] = {}  # by device and stream
+_launches: dict[tuple[Any, ...], Launch] = {}  # by likeness
 
 
 def supports(inputs: ScanInputs) -> bool:
@@ -117,17 +150,22 @@ def selective_scan(
         inputs: what the scan reads.
         plan: what a method asks of this layer.
         layout: to run with another one than the chosen.
-        keep: whether `_calls.again` may take its launch over.
+        keep: whether `again` may take its launch over.
 
     Returns:
         y in the dtype of x, and the final state in float32.
     """
-    return _calls.scan(
-        inputs, plan, lambda tensors: launch_of(tensors, inputs.delta_softplus, layout), keep
-    )
+    given = _calls.read(inputs, plan)
+    with on_device_of(inputs.x), torch.no_grad():
+        tensors = _calls.readable(given)
+        launch = launch_of(tensors, inputs.delta_softplus, layout)
+        done = run(launch, tensors)
+    if keep:
+        keep_launch(given, tensors, inputs.delta_softplus, launch)
+    return done
 
 
-def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> _calls.Launch:
+def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = None) -> Launch:
     """What to launch for tensors that the kernel can read."""
     x, delta, B, C, z, _, _, _, floor, scale, decay, _, valid, _ = tensors
     shape = _shape(tensors)
@@ -135,7 +173,7 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     assert layout is not None, "what is not supported is not launched"
     strided = (x, delta, B, C, z, valid)
     parameters = _Parameters(
-        *(None for _ in _calls.POINTERS),
+        *(None for _ in _POINTERS),
         *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in strided),
         0 if valid is None else valid.stride(1),
         x.shape[1],
@@ -153,7 +191,76 @@ def launch_of(tensors: _calls.Given, softplus: bool, layout: Layout | None = Non
     )
     told = layout.clusters * shape.lines if groups % layout.clusters else 0
     grid = (layout.cluster * layout.clusters, shape.lines, 1)
-    return _calls.Launch(kernel, grid, bytes(parameters)[_Parameters.x_row.offset :], told)
+    return Launch(kernel, grid, bytes(parameters)[_Parameters.x_row.offset :], told)
+
+
+def run(launch: Launch, tensors: _calls.Given) -> tuple[Tensor, Tensor]:
+    """Launch a kernel for tensors that it can read; gives y and the final states."""
+    x, A = tensors[0], tensors[7]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = _calls.rows_of(x, tensors[13])
+    final = torch.empty((rows, *A.shape), dtype=torch.float32, device=x.device)
+    signals = _signals_of(launch.signals, x.device) if launch.signals else None
+    told = _PACKED.pack(*_places((*tensors, y, final, signals))) + launch.rest
+    launch.kernel.launch(launch.grid, ctypes.create_string_buffer(told, len(told)))
+    return y, final
+
+
+def _signals_of(count: int, device: torch.device) -> Tensor:
+    """Zeros, in int32, that the kernel leaves as zeros.
+
+    Calls of one stream come one after the other and share them; those of a recorded graph, which
+    may run on any, have their own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device.index, _nvrtc.current_stream()
+    if key not in _signals or len(_signals[key]) < count:
+        _signals[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _signals[key]
+
+
+def keep_launch(given: _calls.Given, tensors: _calls.Given, softplus: bool, launch: Launch) -> None:
+    """Keep a launch for calls that differ in nothing but the tensors' contents.
+
+    Args:
+        given: the call's own tensors.
+        tensors: what was made of them for the kernel; nothing is kept where that are others.
+        softplus: whether Δ is made by a softplus.
+        launch: what was launched.
+    """
+    if any(a is not b for a, b in zip(tensors, given, strict=True)):
+        return
+    if len(_launches) >= _MOST:  # every length of a prompt is one
+        _launches.clear()
+    _launches[_likeness(given, _places(given), softplus)] = launch
+
+
+def again(inputs: ScanInputs, plan: LayerPlan) -> tuple[Tensor, Tensor] | None:
+    """A scan that differs from one whose launch was kept in nothing but the tensors' contents.
+
+    Which variant runs, and most of what it is told, need not be found out again then.
+
+    Returns:
+        y and the final states; None if there was no such scan.
+    """
+    tensors = _calls.read(inputs, plan)
+    launch = _launches.get(_likeness(tensors, _places(tensors), inputs.delta_softplus))
+    if launch is None:
+        return None
+    with on_device_of(inputs.x):
+        return run(launch, tensors)
+
+
+def _places(tensors: _calls.Given) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _likeness(tensors: _calls.Given, places: list[int], softplus: bool) -> tuple[Any, ...]:
+    x, ends = tensors[0], tensors[-1]
+    kinds = [None if t is None else (t.dtype, t.stride()) for t in tensors]
+    shape = None if ends is None else ends.shape
+    return (softplus, x.get_device(), x.shape, shape, *kinds, *(place & 15 for place in places))
 
 
 class _Shape(NamedTuple):
@@ -184,19 +291,10 @@ def _shape(tensors: _calls.Given) -> _Shape:
 
 
 def _flags(tensors: _calls.Given, softplus: bool) -> tuple[tuple[str, int], ...]:
-    x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, ends = tensors
-    present = {
-        "HAS_SKIP": skip, "HAS_Z": z, "HAS_BIAS": bias, "FLOOR": floor, "SCALE": scale,
-        "DECAY": decay, "VALID": valid, "INITIAL": initial,
-    }  # fmt: skip
-    tokens = {"X": x, "DELTA": delta, "B": B, "C": C, "Z": z}
+    x, delta, B, C, z, *_, ends = tensors
     return (
-        *((name, int(t is not None)) for name, t in present.items()),
-        ("SOFTPLUS", int(softplus)),
+        *_calls.flags_of(tensors, softplus),
         ("ENDS", 0 if ends is None else ends.element_size() // 4),
-        ("EXACT", int(x.dtype == torch.float32)),
-        ("CHANNELS", x.shape[2]),
-        *((f"{name}_TOKEN", _calls.step_of(t)) for name, t in tokens.items()),
         ("ALIGNED", int(all(_calls.aligned(t, 16) for t in (x, delta, z) if t is not None))),
         ("ALIGNED_BC", int(_calls.aligned(B, 16) and _calls.aligned(C, 16))),
     )

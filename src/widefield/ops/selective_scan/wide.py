@@ -203,18 +203,9 @@ class Call:
         inputs: ScanInputs, plan: LayerPlan, layouts: tuple[Layout, Layout] | None = None
     ) -> Call:
         """Copy what the kernels could not read as it is."""
-        large = (inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z)
-        plans = (plan.delta_floor, plan.delta_scale, plan.decay_scale)
+        *tensors, ends = _calls.readable(_calls.read(inputs, plan))
         return Call(
-            (
-                *(_calls.dense(t) for t in large),
-                *(None if t is None else t.contiguous() for t in (inputs.D, inputs.delta_bias)),
-                _calls.as_floats(inputs.A),
-                *(_calls.as_floats(t) for t in plans),
-                _calls.as_floats(inputs.initial_state),
-                inputs.valid,
-                _bounds(inputs.cu_seqlens, inputs.x.device),
-            ),
+            (*tensors, _bounds(ends, inputs.x.device)),
             inputs.delta_softplus,
             layouts or _layouts_of(inputs),
         )
@@ -283,22 +274,13 @@ class Call:
         return _calls.kinds_of(self.tensors[:7])
 
     def _flags(self, backward: bool, save: bool, layout: Layout) -> tuple[tuple[str, int], ...]:
-        x, delta, B, C, z, skip, bias, _, floor, scale, decay, initial, valid, bounds = self.tensors
-        large = (x, delta, z)
-        tokens = {"X": x, "DELTA": delta, "B": B, "C": C, "Z": z}
-        present = {
-            "HAS_SKIP": skip, "HAS_Z": z, "HAS_BIAS": bias, "FLOOR": floor, "SCALE": scale,
-            "DECAY": decay, "VALID": valid, "INITIAL": initial, "PACKED": bounds,
-        }  # fmt: skip
+        large = [t for t in (*self.tensors[:2], self.tensors[4]) if t is not None]
         return (
-            *((name, int(t is not None)) for name, t in present.items()),
-            ("SOFTPLUS", self.softplus),
+            *_calls.flags_of(self.tensors, self.softplus),
+            ("PACKED", int(self.tensors[13] is not None)),
             ("SAVE", save),
             ("BACKWARD", backward),
-            ("EXACT", x.dtype == torch.float32),
-            ("CHANNELS", x.shape[2]),
-            *((f"{name}_TOKEN", _calls.step_of(t)) for name, t in tokens.items()),
-            ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large if t is not None)),
+            ("WIDE", layout.per_lane == 1 or all(_aligned(t) for t in large)),
         )
 
     def _parameters(self, more: Mapping[str, Tensor | None]) -> _Parameters:
